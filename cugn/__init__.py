@@ -1,0 +1,49 @@
+"""Group normalization and its family (layer, instance, batch norm) for NumPy, CuPy, Dask and array-API arrays."""
+
+from ._version import __version__
+from .family import (
+    batch_norm,
+    batch_norm_backward,
+    batch_norm_forward,
+    instance_norm,
+    instance_norm_backward,
+    instance_norm_forward,
+    layer_norm,
+    layer_norm_backward,
+    layer_norm_forward,
+)
+from .functional import (
+    group_norm,
+    group_norm_backward,
+    group_norm_double_backward,
+    group_norm_forward,
+    group_norm_jvp,
+    moments,
+    normalize,
+)
+from .moments import Moments
+from .results import GroupNormDoubleGrads, GroupNormForward, GroupNormGrads
+
+__all__ = [
+    "GroupNormDoubleGrads",
+    "GroupNormForward",
+    "GroupNormGrads",
+    "Moments",
+    "__version__",
+    "batch_norm",
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "group_norm",
+    "group_norm_backward",
+    "group_norm_double_backward",
+    "group_norm_forward",
+    "group_norm_jvp",
+    "instance_norm",
+    "instance_norm_backward",
+    "instance_norm_forward",
+    "layer_norm",
+    "layer_norm_backward",
+    "layer_norm_forward",
+    "moments",
+    "normalize",
+]

@@ -1,0 +1,71 @@
+"""Refuse an `out` that cannot be written, or that overlaps an input other than the one it may replace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+__all__ = ["check_out"]
+
+
+def check_out(out: Any, replaceable: tuple[tuple[str, Any], ...], others: tuple[tuple[str, Any], ...]) -> None:
+    """Raise ValueError unless `out` may be written while the other arrays are read.
+
+    Parameters
+    ----------
+    out : array
+        Where the result goes.
+    replaceable : tuple of (name, array)
+        Inputs of out's shape and dtype: `out` may be one of them, the same memory and strides.
+    others : tuple of (name, array or None)
+        Inputs that must not share memory with `out`.
+    """
+    target = _shadow(out)
+    if target is None:
+        return
+    if not target.flags.writeable:
+        raise ValueError("out is read-only")
+    if any(stride == 0 and n > 1 for stride, n in zip(target.strides, target.shape, strict=True)):
+        raise ValueError(f"out is a broadcast array (strides {target.strides}): its elements share memory")
+    for name, array in replaceable + others:
+        source = None if array is None else _shadow(array)
+        if source is None or not np.may_share_memory(target, source):
+            continue
+        same = (
+            target.ctypes.data == source.ctypes.data
+            and target.strides == source.strides
+            and target.dtype == source.dtype
+        )
+        if same and any(name == allowed for allowed, _ in replaceable):
+            continue
+        if _share(target, source):
+            allowed = " or ".join(allowed for allowed, _ in replaceable)
+            raise ValueError(f"out overlaps {name}: it may be {allowed} itself, or memory of its own")
+
+
+def _share(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
+    """Whether two arrays share an element; True where finding out would take long."""
+    try:
+        return np.shares_memory(a, b, max_work=100_000)  # type: ignore[arg-type]  # numpy's stub knows -1 and 0 only
+    except np.exceptions.TooHardError:
+        return True
+
+
+class _Addresses:
+    """Describes memory to NumPy, for its arithmetic on addresses; nothing is ever read through it."""
+
+    def __init__(self, interface: dict[str, Any]) -> None:
+        self.__array_interface__ = interface
+
+
+def _shadow(array: Any) -> np.ndarray[Any, Any] | None:
+    """NumPy array of the same addresses (GPU memory included), None where the library does not tell them."""
+    if isinstance(array, np.ndarray):
+        return array
+    interface = getattr(array, "__cuda_array_interface__", None) if hasattr(array, "strides") else None
+    if interface is None or not all(interface["shape"]):
+        return None
+    fields = {key: interface.get(key) for key in ("shape", "typestr", "data", "strides")}
+    fields["typestr"] = f"|V{array.dtype.itemsize}"
+    return np.asarray(_Addresses({**fields, "version": 3}))
