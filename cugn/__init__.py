@@ -1,5 +1,6 @@
 """Group normalization and its family (layer, instance, batch norm) for NumPy, CuPy, Dask and array-API arrays."""
 
+from . import diagnostics
 from ._version import __version__
 from .family import (
     batch_norm,
@@ -33,6 +34,7 @@ __all__ = [
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_forward",
+    "diagnostics",
     "group_norm",
     "group_norm_backward",
     "group_norm_double_backward",
