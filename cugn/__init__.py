@@ -14,6 +14,8 @@ from .family import (
     layer_norm_forward,
 )
 from .functional import (
+    backward_apply,
+    backward_sums,
     group_norm,
     group_norm_backward,
     group_norm_double_backward,
@@ -23,14 +25,17 @@ from .functional import (
     normalize,
 )
 from .moments import Moments
-from .results import GroupNormDoubleGrads, GroupNormForward, GroupNormGrads
+from .results import BackwardSums, GroupNormDoubleGrads, GroupNormForward, GroupNormGrads
 
 __all__ = [
+    "BackwardSums",
     "GroupNormDoubleGrads",
     "GroupNormForward",
     "GroupNormGrads",
     "Moments",
     "__version__",
+    "backward_apply",
+    "backward_sums",
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_forward",

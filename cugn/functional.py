@@ -11,9 +11,11 @@ from typing import Any
 from .engines import resolve
 from .moments import Moments
 from .overlap import check_out
-from .results import GroupNormDoubleGrads, GroupNormForward, GroupNormGrads
+from .results import BackwardSums, GroupNormDoubleGrads, GroupNormForward, GroupNormGrads
 
 __all__ = [
+    "backward_apply",
+    "backward_sums",
     "group_norm",
     "group_norm_backward",
     "group_norm_double_backward",
@@ -455,6 +457,142 @@ def normalize(
     if out is not None:
         check_out(out, (("x", x),), (("weight", weight), ("bias", bias), ("mean", mean), ("rstd", rstd)))
     return engine.normalize(plan, x, mean, rstd, weight, bias, out)
+
+
+def backward_sums(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    groups: Any,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    channel_axis: int = 1,
+    batch_axis: int | tuple[int, ...] | None = 0,
+    activation: str | None = None,
+) -> BackwardSums:
+    """Take the sums of the backward over a part of an array: what `moments` is to the forward.
+
+    An array that lies in parts (shards, tiles, chunks) is differentiated in two passes: the sums of each part, merged,
+    and `backward_apply` with them on each part.
+
+    Parameters
+    ----------
+    dy, x : array
+        The part's gradient with respect to y, and its x.
+    mean, rstd : array
+        Statistics of the whole groups, taken as they are; they broadcast against the batch shape followed by G.
+    groups, weight, bias, channel_axis, batch_axis, activation
+        As in `group_norm`.
+
+    Returns
+    -------
+    BackwardSums
+        In float64.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `group_norm`.
+
+    See Also
+    --------
+    backward_apply : The gradient from the merged sums.
+    moments : The forward's sums.
+
+    Examples
+    --------
+    >>> import numpy as np, cugn
+    >>> dy, x = np.random.default_rng(0).normal(size=(2, 3, 4, 50))
+    >>> m = cugn.moments(x, 2)
+    >>> whole = cugn.backward_sums(dy, x, m.mean, m.rstd(1e-5), 2)
+    >>> left = cugn.backward_sums(dy[..., :20], x[..., :20], m.mean, m.rstd(1e-5), 2)
+    >>> right = cugn.backward_sums(dy[..., 20:], x[..., 20:], m.mean, m.rstd(1e-5), 2)
+    >>> all(np.allclose(a, b) for a, b in zip(left.merge(right), whole))
+    True
+    """
+    _required(dy, "dy")
+    _required(mean, "mean")
+    _required(rstd, "rstd")
+    operands = (("dy", dy), ("mean", mean), ("rstd", rstd), ("weight", weight), ("bias", bias))
+    engine, plan = resolve("backward_sums", x, groups, operands, 0.0, channel_axis, batch_axis, activation)
+    return BackwardSums(*engine.backward_sums(plan, dy, x, mean, rstd, weight, bias))
+
+
+def backward_apply(
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    mean_wdy: Array,
+    mean_wdy_xhat: Array,
+    groups: Any,
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    channel_axis: int = 1,
+    batch_axis: int | tuple[int, ...] | None = 0,
+    where: Array | None = None,
+    activation: str | None = None,
+    out: Array | None = None,
+) -> Array:
+    r"""Gradient with respect to a part of x, from sums over the whole: what `normalize` is to the forward.
+
+    .. math:: dx = \frac{1}{\sqrt{v + \epsilon}} \left(\gamma\, dz - \overline{\gamma\, dz}
+              - \hat x\, \overline{\gamma\, dz\, \hat x}\right)
+
+    Parameters
+    ----------
+    dy, x : array
+        The part's gradient with respect to y, and its x.
+    mean, rstd : array
+        Statistics of the whole groups, taken as they are; they broadcast against the batch shape followed by G.
+    mean_wdy, mean_wdy_xhat : array
+        The merged `backward_sums` of each group divided by the number of elements in its statistics
+        (``Moments.count``), shaped as `mean`.
+    groups, weight, bias, channel_axis, batch_axis, activation
+        As in `group_norm`.
+    where : array of bool, optional
+        The part's mask: an element that has not entered the statistics has no gradient through them.
+    out : array, optional
+        Receives dx; it may be dy or x itself.
+
+    Returns
+    -------
+    array
+        dx, of x's shape and y's dtype.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `group_norm`.
+
+    See Also
+    --------
+    backward_sums : The sums of a part.
+
+    Examples
+    --------
+    >>> import numpy as np, cugn
+    >>> dy, x = np.random.default_rng(0).normal(size=(2, 3, 4, 50))
+    >>> m = cugn.moments(x, 2)
+    >>> statistics = m.mean, m.rstd(1e-5)
+    >>> sums = cugn.backward_sums(dy, x, *statistics, 2)
+    >>> means = sums.sum_wdy / m.count, sums.sum_wdy_xhat / m.count
+    >>> tile = np.s_[:, :, 10:20]
+    >>> dx = cugn.backward_apply(dy[tile], x[tile], *statistics, *means, 2)
+    >>> bool(np.allclose(dx, cugn.group_norm_backward(dy, x, 2).dx[tile]))
+    True
+    """
+    named = (("dy", dy), ("mean", mean), ("rstd", rstd), ("mean_wdy", mean_wdy), ("mean_wdy_xhat", mean_wdy_xhat))
+    for name, array in named:
+        _required(array, name)
+    operands = (*named, ("weight", weight), ("bias", bias), ("where", where), ("out", out))
+    engine, plan = resolve("backward_apply", x, groups, operands, 0.0, channel_axis, batch_axis, activation)
+    if out is not None:
+        check_out(out, (("dy", dy), ("x", x)), (*named[1:], ("weight", weight), ("bias", bias), ("where", where)))
+    return engine.backward_apply(plan, dy, x, mean, rstd, mean_wdy, mean_wdy_xhat, weight, bias, where, out)
 
 
 def _both_or_neither(mean: Array | None, rstd: Array | None) -> None:

@@ -34,6 +34,8 @@ ROLES = {
     "ddbias": "channels",
     "mean": "statistics",
     "rstd": "statistics",
+    "mean_wdy": "statistics",
+    "mean_wdy_xhat": "statistics",
     "where": "mask",
 }
 

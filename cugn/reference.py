@@ -24,7 +24,17 @@ from array_api_compat import array_namespace, device
 from .activations import activate, curvature, slope
 from .plan import Plan
 
-__all__ = ["backward", "double_backward", "forward", "jvp", "moments", "normalize", "serves"]
+__all__ = [
+    "backward",
+    "backward_apply",
+    "backward_sums",
+    "double_backward",
+    "forward",
+    "jvp",
+    "moments",
+    "normalize",
+    "serves",
+]
 
 Array = Any
 
@@ -47,9 +57,7 @@ def normalize(plan: Plan, x: Array, mean: Array, rstd: Array, weight: Array, bia
     """Output under statistics that the caller supplies."""
     with np.errstate(all="ignore"):
         group = _Groups(plan, x, None)
-        shift, scale = (group.of_channels(group.given(s)) for s in (mean, rstd))
-        x_hat = (group.x - shift[:, :, None]) * scale[:, :, None]
-        y = activate(group.xp, plan.activation, group.affine(x_hat, weight, bias))
+        y = activate(group.xp, plan.activation, group.affine(group.under(mean, rstd), weight, bias))
         return group.restored(y, x, out)
 
 
@@ -77,12 +85,49 @@ def backward(
     with np.errstate(all="ignore"):
         group = _Groups(plan, x, where)
         x_hat, _, rstd = group.normalized(mean, rstd)
-        dz = group.canonical(dy)
-        if plan.activation is not None:
-            dz = dz * slope(group.xp, plan.activation, group.affine(x_hat, weight, bias))
+        dz = group.bent(dy, x_hat, weight, bias)
         dx = group.of_channels(rstd)[:, :, None] * group.pulled_back(x_hat, group.weighted(dz, weight))
         dweight, dbias = group.over_samples(dz * x_hat), group.over_samples(dz)
         return group.restored(dx, dy, out), group.like_weight(dweight, dy, weight), group.like_weight(dbias, dy, weight)
+
+
+def backward_sums(
+    plan: Plan, dy: Array, x: Array, mean: Array, rstd: Array, weight: Array, bias: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Sums of w dz and w dz x_hat over the groups, of dz x_hat and dz over samples, under supplied statistics."""
+    with np.errstate(all="ignore"):
+        group = _Groups(plan, x, None)
+        x_hat = group.under(mean, rstd)
+        dz = group.bent(dy, x_hat, weight, bias)
+        q = group.weighted(dz, weight)
+        sums = group.statistics(group.total(q)), group.statistics(group.total(q * x_hat))
+        return *sums, group.over_samples(dz * x_hat), group.over_samples(dz)
+
+
+def backward_apply(
+    plan: Plan,
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    mean_wdy: Array,
+    mean_wdy_xhat: Array,
+    weight: Array,
+    bias: Array,
+    where: Array,
+    out: Array,
+) -> Array:
+    """Gradient with respect to x under supplied statistics and supplied means of w dz and w dz x_hat."""
+    with np.errstate(all="ignore"):
+        group = _Groups(plan, x, where)
+        x_hat = group.under(mean, rstd)
+        q = group.weighted(group.bent(dy, x_hat, weight, bias), weight)
+        first, second, r = (
+            group.of_channels(group.given(values))[:, :, None] for values in (mean_wdy, mean_wdy_xhat, rstd)
+        )
+        # In this order a group of one element, where q == first, gives exactly 0.
+        dx = (q - first) - x_hat * second if where is None else q - group.kept(first + x_hat * second)
+        return group.restored(r * dx, dy, out)
 
 
 def jvp(
@@ -263,6 +308,18 @@ class _Groups:
         d, mean, m2, scale = self.centred()
         scaled_rstd = 1 / xp.sqrt(m2 / self.count + plan.eps * scale * scale)
         return d * self.of_channels(scaled_rstd)[:, :, None], mean / scale, scaled_rstd * scale
+
+    def under(self, mean: Array, rstd: Array) -> Array:
+        """x_hat (N, C, S) under statistics that the caller supplies, taken as they are."""
+        shift, scale = (self.of_channels(self.given(s))[:, :, None] for s in (mean, rstd))
+        return (self.x - shift) * scale
+
+    def bent(self, dy: Array, x_hat: Array, weight: Array, bias: Array) -> Array:
+        """dz = dy act'(z), (N, C, S)."""
+        dz = self.canonical(dy)
+        if self.plan.activation is None:
+            return dz
+        return dz * slope(self.xp, self.plan.activation, self.affine(x_hat, weight, bias))
 
     def pushed_forward(self, x_hat: Array, t: Array) -> Array:
         """J(t) = t - E_W[t] - x_hat E_W[t x_hat]."""

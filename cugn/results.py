@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-__all__ = ["GroupNormDoubleGrads", "GroupNormForward", "GroupNormGrads"]
+__all__ = ["BackwardSums", "GroupNormDoubleGrads", "GroupNormForward", "GroupNormGrads"]
 
 
 class GroupNormForward(NamedTuple):
@@ -82,3 +82,48 @@ class GroupNormDoubleGrads(tuple[Any, Any, Any]):
     def __repr__(self) -> str:
         """Name the fields, as a named tuple does."""
         return f"GroupNormDoubleGrads(gdy={self[0]!r}, gx={self[1]!r}, gweight={self[2]!r})"
+
+
+class BackwardSums(NamedTuple):
+    """The sums that the backward takes over a part of an array; those of parts add up to those of the whole.
+
+    Attributes
+    ----------
+    sum_wdy, sum_wdy_xhat : array of float64
+        Sums over each group of ``weight * dz`` and ``weight * dz * x_hat``, dz being dy times the activation's slope;
+        of the batch shape followed by G.
+    dweight, dbias : array of float64
+        Sums over samples and positions of ``dz * x_hat`` and ``dz``, shape (C,).
+    """
+
+    sum_wdy: Any
+    sum_wdy_xhat: Any
+    dweight: Any
+    dbias: Any
+
+    def merge(self, other: BackwardSums) -> BackwardSums:
+        """Sums over two disjoint sets of positions of the same samples and channels.
+
+        Parameters
+        ----------
+        other : BackwardSums
+            Of the same shapes and array library.
+
+        Returns
+        -------
+        BackwardSums
+            Of the elements of both.
+
+        Raises
+        ------
+        TypeError
+            If `other` is no BackwardSums.
+        ValueError
+            If its shapes are others.
+        """
+        if not isinstance(other, BackwardSums):
+            raise TypeError(f"other is a {type(other).__name__}: it must be BackwardSums")
+        shapes, wanted = ([field.shape for field in sums] for sums in (other, self))
+        if shapes != wanted:
+            raise ValueError(f"other has the shapes {shapes}: they must be {wanted}")
+        return BackwardSums(*(a + b for a, b in zip(self, other, strict=True)))
