@@ -63,22 +63,20 @@ def slope(xp: Any, name: str | None, z: Array) -> Array:
     if name == "relu":
         return xp.where(z <= 0, xp.zeros_like(z), xp.where(z > 0, xp.ones_like(z), z))
     gate = _gate(xp, name, z)
-    return gate + z * _gate_slope(xp, name, z, gate)
+    return gate + z * _gate_slope(xp, name, z)
 
 
 def curvature(xp: Any, name: str | None, z: Array) -> Array:
     """act''(z); zero for relu."""
     if name is None or name == "relu":
         return z * 0
-    gate = _gate(xp, name, z)
-    first = _gate_slope(xp, name, z, gate)
-    if name == "silu":
-        second = first * (1 - 2 * gate)
-    elif name == "gelu":
+    first = _gate_slope(xp, name, z)
+    if name == "gelu":
         second = -z * first
     else:
-        inner_slope = 2 * _TANH_SCALE * (1 + 3 * _TANH_CUBIC * z * z)
-        second = first * (1 - 2 * gate) * inner_slope + gate * (1 - gate) * 12 * _TANH_SCALE * _TANH_CUBIC * z
+        t, t_slope, t_curvature = _exponent(xp, name, z)
+        # g'' of the logistic g is g' (1 - 2 g), and 1 - 2 g is tanh(-t / 2)
+        second = first * xp.tanh(-0.5 * t) * t_slope + _logistic_slope(xp, t) * t_curvature
     return 2 * first + z * second
 
 
@@ -101,19 +99,36 @@ def erfc(xp: Any, x: Array) -> Array:
 
 
 def _gate(xp: Any, name: str, z: Array) -> Array:
-    """Gate g of act(z) = z g(z): sigmoid, the normal distribution, or its tanh form, itself a sigmoid."""
+    """Gate g of act(z) = z g(z): the normal distribution, or a logistic function of z or of a cubic in z."""
     if name == "gelu":
         return 0.5 * erfc(xp, -z / math.sqrt(2))
-    t = z if name == "silu" else 2 * _TANH_SCALE * (z + _TANH_CUBIC * z * z * z)
+    t = _exponent(xp, name, z)[0]
     e = xp.exp(-xp.abs(t))  # never overflows
     return xp.where(t < 0, e, xp.ones_like(e)) / (1 + e)
 
 
-def _gate_slope(xp: Any, name: str, z: Array, gate: Array) -> Array:
+def _gate_slope(xp: Any, name: str, z: Array) -> Array:
+    """g'(z)."""
     if name == "gelu":
         return xp.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
-    first = gate * (1 - gate)
-    return first if name == "silu" else first * 2 * _TANH_SCALE * (1 + 3 * _TANH_CUBIC * z * z)
+    t, t_slope, _ = _exponent(xp, name, z)
+    return _logistic_slope(xp, t) * t_slope
+
+
+def _logistic_slope(xp: Any, t: Array) -> Array:
+    """Slope of 1 / (1 + exp(-t)); as g (1 - g) it would lose all digits at large t, where z multiplies it."""
+    e = xp.exp(-xp.abs(t))
+    return e / ((1 + e) * (1 + e))
+
+
+def _exponent(xp: Any, name: str, z: Array) -> tuple[Array, Any, Any]:
+    """t of the logistic gate, and its first two derivatives by z."""
+    z = xp.clip(z, -1e3, 1e3)  # beyond it exp(-|t|) is 0 anyway, and the square of 1e155 would be infinite
+    if name == "silu":
+        return z, 1.0, 0.0
+    scale = 2 * _TANH_SCALE
+    square = _TANH_CUBIC * z * z
+    return scale * (z + square * z), scale * (1 + 3 * square), scale * 6 * _TANH_CUBIC * z
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Array) -> Array:

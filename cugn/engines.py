@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .plan import Groups, Plan, Spec, axes_key, groups_key
+from .plan import Groups, Plan, Spec, axes_key, checked_eps, groups_key
 
 __all__ = ["resolve"]
 
@@ -38,7 +38,7 @@ def resolve(
         spec_of(x),
         groups if type(groups) is int else groups_key(groups),
         tuple([(name, spec_of(array)) for name, array in operands if array is not None]),
-        eps if type(eps) is float else _eps(eps),
+        eps if type(eps) is float else checked_eps(eps),
         channel_axis if type(channel_axis) is int else axes_key(channel_axis, "channel_axis"),
         batch_axis if type(batch_axis) is int else axes_key(batch_axis, "batch_axis"),
         activation if activation is None else str(activation),
@@ -61,13 +61,6 @@ def spec_of(array: Any) -> tuple[Any, ...]:
         strides if isinstance(strides, tuple) else None,
         device,
     )
-
-
-def _eps(eps: Any) -> float:
-    try:
-        return float(eps)
-    except (TypeError, ValueError):
-        raise TypeError(f"eps is {eps!r}: it must be a real number") from None
 
 
 @lru_cache(maxsize=1024)

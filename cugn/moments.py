@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from .plan import checked_eps
 
 __all__ = ["Moments"]
 
@@ -108,9 +109,15 @@ class Moments(NamedTuple):
         -------
         array of float64
             Of the shape of `mean`.
+
+        Raises
+        ------
+        TypeError
+            If eps is no real number.
+        ValueError
+            If it is not finite or negative.
         """
-        if not (math.isfinite(eps) and eps >= 0):
-            raise ValueError(f"eps is {eps}: it must be finite and >= 0")
+        eps = checked_eps(eps)
         with np.errstate(all="ignore"):
             return 1 / _namespace(self.mean).sqrt(self.var + eps)
 

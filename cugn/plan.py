@@ -13,7 +13,7 @@ import numpy as np
 
 from .layout import Layout
 
-__all__ = ["FLOATS", "Each", "Plan", "Spec", "axes_key", "dtype_name", "groups_key"]
+__all__ = ["FLOATS", "Each", "Plan", "Spec", "axes_key", "checked_eps", "dtype_name", "groups_key"]
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = ("int8", "uint8", "int16", "uint16")
@@ -132,8 +132,7 @@ class Plan:
             if x.shape[axis] != x.shape[axis]:
                 raise ValueError(f"x has an unknown size along axis {axis}: only batch axes may have one")
         G, labels = _groups(groups, C)
-        if not (math.isfinite(eps) and eps >= 0):
-            raise ValueError(f"eps is {eps}: it must be finite and >= 0")
+        eps = checked_eps(eps)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}: it must be one of {', '.join(map(repr, ACTIVATIONS))}")
 
@@ -190,12 +189,31 @@ def groups_key(groups: Any) -> Groups:
     """Groups as a hashable int or tuple of ints."""
     if isinstance(groups, Each):
         return groups
-    if isinstance(groups, (list, tuple, np.ndarray)) and np.ndim(groups) > 0:
-        if np.ndim(groups) > 1:
-            raise ValueError(f"groups has shape {np.shape(groups)}: labels are one-dimensional, one for each channel")
-        values = groups.tolist() if isinstance(groups, np.ndarray) else groups
+    if isinstance(groups, np.ma.MaskedArray):
+        raise TypeError("groups is a masked array: it must be an int, or one integer label for each channel")
+    values = groups
+    if isinstance(groups, np.ndarray) and groups.ndim > 0:
+        if groups.ndim > 1:
+            raise ValueError(f"groups has shape {groups.shape}: labels are one-dimensional, one for each channel")
+        values = groups.tolist()
+    if isinstance(values, (list, tuple, range)):
         return tuple(_integer(value, "groups", "an int, or one integer label for each channel") for value in values)
     return _integer(groups, "groups", "an int, or a list, tuple or NumPy array of C integer labels")
+
+
+def checked_eps(eps: Any) -> float:
+    """Eps as a float that is finite and not negative."""
+    if isinstance(eps, (str, bytes, bool, np.bool_)) or getattr(eps, "ndim", 0) > 0:
+        raise TypeError(f"eps is {eps!r}: it must be a real number")
+    try:
+        value = float(eps)
+    except TypeError:
+        raise TypeError(f"eps is {eps!r}: it must be a real number") from None
+    except OverflowError:
+        value = math.inf
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"eps is {value}: it must be finite and >= 0")
+    return value
 
 
 def axes_key(axes: Any, name: str) -> int | tuple[int, ...] | None:

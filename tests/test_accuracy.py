@@ -1,0 +1,412 @@
+"""Promise: the stated accuracy, at every element, on the inputs where single-precision libraries lose theirs.
+
+With e = eps(dtype of y) and scale = |w| max(1, |x_hat|) + |b|:
+
+- |y - oracle| <= 3 e scale for float32 and 4 e scale for float64; for the 16-bit types half an ulp of y + 0.01 e scale;
+- |dx - oracle| <= 4 e max|dx| over the element's group, and dweight, dbias within 4 e of the sum of the absolute values
+  of their terms; 8 e in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from libraries import FLOATS, Library, dtype_of
+
+import cugn
+
+SHAPE = (2, 24, 12, 11)
+LABELS = tuple(int(v) for v in np.random.default_rng(5).permutation([0] * 3 + [1] * 11 + [2] + [3] * 9))
+KINDS: dict[str, Any] = {"group": 6, "layer": 1, "instance": 24, "batch": 24, "labels": LABELS}
+WIDE = ("bfloat16", "float32", "float64")
+FORWARD_FACTOR = {"float32": 3, "float64": 4}
+BACKWARD_FACTOR = {"float16": 4, "bfloat16": 4, "float32": 4, "float64": 8}
+
+
+class Row(NamedTuple):
+    """One kind of input."""
+
+    make: Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
+    dtypes: tuple[str, ...] = FLOATS
+    eps: float = 1e-5
+    backward: tuple[str, ...] | None = None
+    """Dtypes whose backward is promised too; None for all."""
+    dy: float = 1.0
+    """Magnitude of dy, such that dx stays in the dtype's range."""
+
+
+def _normal(mean: float, std: float = 1.0) -> Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]:
+    return lambda rng, shape: rng.normal(size=shape) * std + mean
+
+
+def _outlier(size: float) -> Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]:
+    def make(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+        x = rng.normal(size=shape)
+        x[:, :: max(1, shape[1] // 4), 0] = size
+        return x
+
+    return make
+
+
+ROWS = {
+    "N(0,1)": Row(_normal(0)),
+    "1e3+N": Row(_normal(1e3)),
+    "1e4+N": Row(_normal(1e4)),
+    "1e6+N": Row(_normal(1e6), WIDE),
+    "-1e6+N": Row(_normal(-1e6), WIDE),
+    "1e12+N": Row(_normal(1e12), ("float64",), backward=()),
+    "1e18 N": Row(_normal(0, 1e18), WIDE),
+    "1e20 N": Row(_normal(0, 1e20), WIDE),
+    "1e200 N": Row(_normal(0, 1e200), ("float64",)),
+    "1e-200 N, eps=0": Row(_normal(0, 1e-200), ("float64",), 0.0),
+    "1e-200 N": Row(_normal(0, 1e-200), ("float64",)),
+    "1e206 + 1e200 N": Row(_normal(1e206, 1e200), ("float64",)),
+    "3e38 U": Row(lambda rng, shape: rng.uniform(-3e38, 3e38, shape), WIDE),
+    "largest of the dtype": Row(lambda rng, shape: rng.choice([-1.0, 1.0], shape), FLOATS),
+    "1.7e308 U": Row(lambda rng, shape: rng.uniform(-1.7, 1.7, shape) * 1e308, ("float64",)),
+    "6e4 U": Row(lambda rng, shape: rng.uniform(-6e4, 6e4, shape), ("float16",)),
+    "constant 1e4": Row(lambda rng, shape: np.full(shape, 1e4)),
+    "constant 1.2e8": Row(lambda rng, shape: np.full(shape, 1.2e8), WIDE),
+    "constant 0.1": Row(lambda rng, shape: np.full(shape, 0.1)),
+    "constant 1e200": Row(lambda rng, shape: np.full(shape, 1e200), ("float64",)),
+    "constant 1e-310": Row(lambda rng, shape: np.full(shape, 1e-310), ("float64",)),
+    "constant -3e38": Row(lambda rng, shape: np.full(shape, -3e38), WIDE),
+    "1e-25 N, eps=0": Row(_normal(0, 1e-25), WIDE, 0.0),
+    "1e-45 N, eps=0": Row(_normal(0, 3e-44), ("float32",), 0.0, backward=()),
+    "1e-320 N, eps=0": Row(_normal(0, 1e-320), ("float64",), 0.0, backward=()),
+    "1e-7 N, eps=0": Row(_normal(0, 1e-6), ("float16",), 0.0, dy=1e-3),
+    "one outlier of 1e30": Row(_outlier(1e30), WIDE),
+    "one outlier of 1e4": Row(_outlier(1e4)),
+    "1e20 N, eps=1e30": Row(_normal(0, 1e20), WIDE, 1e30),
+    "eps=1e-300": Row(_normal(0, 1e-160), ("float64",), 1e-300),
+}
+
+
+@lru_cache(maxsize=4)
+def _input(row: str, dtype: str, shape: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """x, weight, bias and dy."""
+    rng = np.random.default_rng(sum(map(ord, row)))
+    x = ROWS[row].make(rng, shape)
+    if row == "largest of the dtype":
+        x = x * float(ml_dtypes.finfo(dtype_of(dtype)).max)
+    weight, bias, dy = rng.normal(size=shape[1]), rng.normal(size=shape[1]), rng.normal(size=shape) * ROWS[row].dy
+    return tuple(a.astype(dtype_of(dtype)) for a in (x, weight, bias, dy))
+
+
+@lru_cache(maxsize=64)
+def _expected(row: str, dtype: str, shape: tuple[int, ...], kind: str) -> tuple[oracle.Forward, oracle.Backward]:
+    x, weight, bias, dy = _input(row, dtype, shape)
+    groups = KINDS[kind] if shape == SHAPE or kind == "layer" else _groups(kind, shape)
+    options: dict[str, Any] = {"eps": ROWS[row].eps, "batch_axis": None if kind == "batch" else 0}
+    return (
+        oracle.forward(x, groups, weight, bias, **options),
+        oracle.backward(dy, x, groups, weight, bias, **options),
+    )
+
+
+def _groups(kind: str, shape: tuple[int, ...]) -> int:
+    return {"group": max(1, shape[1] // 4), "layer": 1}.get(kind, shape[1])
+
+
+def check_y(y: np.ndarray, expected: oracle.Forward, dtype: str, what: str) -> None:
+    """The bound of the forward; `what` for the message."""
+    assert y.dtype == dtype_of(dtype), what
+    error = np.abs(y.astype(np.float64).astype(oracle.LONG) - expected.y)
+    e = oracle.epsilon(dtype_of(dtype))
+    if dtype in FORWARD_FACTOR:
+        bound = FORWARD_FACTOR[dtype] * e * expected.scale
+    else:
+        larger = np.maximum(np.abs(expected.y), np.abs(y.astype(np.float64)))
+        bound = oracle.half_ulp(larger, dtype_of(dtype)) + 0.01 * e * expected.scale
+    with np.errstate(all="ignore"):
+        assert (error <= bound).all(), f"{what}: {float(np.max(error / bound)):.3g} times the bound"
+
+
+def check_gradients(result: Any, expected: oracle.Backward, dtype: str, what: str) -> None:
+    """The bounds of the backward."""
+    factor = BACKWARD_FACTOR[dtype] * oracle.epsilon(dtype_of(dtype))
+    for name, scale in (
+        ("dx", expected.group_max),
+        ("dweight", expected.dweight_terms),
+        ("dbias", expected.dbias_terms),
+    ):
+        value = getattr(result, name)
+        assert value.dtype == dtype_of(dtype), what
+        error = np.abs(value.astype(np.float64).astype(oracle.LONG) - getattr(expected, name))
+        # Below the normal range a dtype holds multiples of its least value only.
+        bound = factor * scale + oracle.half_ulp(np.zeros(()), dtype_of(dtype))
+        with np.errstate(all="ignore"):
+            assert (error <= bound).all(), f"{what}, {name}: {float(np.max(error / bound)):.3g} times the bound"
+
+
+def _arranged(a: np.ndarray, library: Library, last: bool) -> Any:
+    return library.array(np.ascontiguousarray(np.moveaxis(a, 1, -1)) if last else a)
+
+
+def _restored(a: Any, library: Library, last: bool) -> np.ndarray:
+    a = library.numpy(a)
+    return np.moveaxis(a, -1, 1) if last and a.ndim > 1 else a
+
+
+def _function(kind: str, suffix: str = "") -> Callable[..., Any]:
+    name = {"labels": "group"}.get(kind, kind)
+    function = getattr(cugn, f"{name}_norm{suffix}")
+    if name != "group":
+        return function
+    groups = list(LABELS) if kind == "labels" else KINDS["group"]
+    at = 2 if suffix == "_backward" else 1
+    return lambda *arrays, **options: function(*arrays[:at], groups, *arrays[at:], **options)
+
+
+CASES = [pytest.param(r, d, id=f"{r}, {d}") for r in ROWS for d in ROWS[r].dtypes]
+BACKWARD_CASES = [
+    pytest.param(r, d, id=f"{r}, {d}")
+    for r in ROWS
+    for d in ROWS[r].dtypes
+    if ROWS[r].backward is None or d in ROWS[r].backward
+]
+
+
+@pytest.mark.parametrize(("row", "dtype"), CASES)
+def test_forward(row: str, dtype: str, library: Library) -> None:
+    """Every member of the family, both layouts."""
+    if dtype not in library.floats:
+        pytest.skip(f"{library.name} has no {dtype}")
+    x, weight, bias, _ = _input(row, dtype, SHAPE)
+    for kind in KINDS:
+        expected = _expected(row, dtype, SHAPE, kind)[0]
+        for last in (False, True):
+            y, mean, rstd = _function(kind, "_forward")(
+                _arranged(x, library, last),
+                library.array(weight),
+                library.array(bias),
+                eps=ROWS[row].eps,
+                channel_axis=-1 if last else 1,
+            )
+            what = f"{kind} norm, channels {'last' if last else 'first'}"
+            check_y(_restored(y, library, last), expected, dtype, what)
+            # float64 statistics: 4 eps of what they are sums of, and one step below the normal range
+            mean, rstd = library.numpy(mean), library.numpy(rstd)
+            assert mean.dtype == rstd.dtype == np.float64
+            e = 4 * 2.0**-52
+            with np.errstate(all="ignore"):
+                std = np.sqrt(expected.m2 / expected.count)
+                assert (np.abs(mean - expected.mean) <= e * (np.abs(expected.mean) + std) + 2.0**-1074).all(), what
+                exact = expected.rstd.astype(np.float64)  # 1e-320 has an infinite one
+                relative = 1e-14 if dtype == "float64" else 1e-10
+                np.testing.assert_allclose(rstd, exact, rtol=relative, err_msg=f"{what}: rstd")
+
+
+@pytest.mark.parametrize(("row", "dtype"), BACKWARD_CASES)
+def test_backward(row: str, dtype: str, library: Library) -> None:
+    """Every member of the family, both layouts, with the forward's statistics and without."""
+    if dtype not in library.floats:
+        pytest.skip(f"{library.name} has no {dtype}")
+    x, weight, _, dy = _input(row, dtype, SHAPE)
+    for kind in KINDS:
+        expected = _expected(row, dtype, SHAPE, kind)[1]
+        for last in (False, True):
+            arrays = [_arranged(dy, library, last), _arranged(x, library, last), library.array(weight)]
+            options: dict[str, Any] = {"eps": ROWS[row].eps, "channel_axis": -1 if last else 1}
+            _, mean, rstd = _function(kind, "_forward")(*arrays[1:], **options)
+            for statistics in ({}, {"mean": mean, "rstd": rstd}):
+                result = _function(kind, "_backward")(*arrays, **statistics, **options)
+                gradients = cugn.GroupNormGrads(
+                    _restored(result.dx, library, last), library.numpy(result.dweight), library.numpy(result.dbias)
+                )
+                what = f"{kind} norm, channels {'last' if last else 'first'}, statistics {sorted(statistics)}"
+                check_gradients(gradients, expected, dtype, what)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("row", ["N(0,1)", "1e4+N", "1e6+N", "1e20 N", "one outlier of 1e4", "constant 1e4"])
+def test_large_groups(row: str, dtype: str) -> None:
+    """Groups of 65,536 elements and more: blocks are merged without loss; group, batch and instance norm."""
+    if dtype not in ROWS[row].dtypes:
+        pytest.skip(f"{dtype} does not hold this input")
+    shape = (2, 8, 181, 183)
+    x, weight, bias, dy = _input(row, dtype, shape)
+    for kind in ("group", "batch", "instance"):
+        forward, backward = _expected(row, dtype, shape, kind)
+        arguments = (_groups(kind, shape),) if kind == "group" else ()
+        for last in (False, True):
+            options: dict[str, Any] = {"channel_axis": -1 if last else 1}
+            a, b = (np.ascontiguousarray(np.moveaxis(v, 1, -1)) if last else v for v in (x, dy))
+            y = getattr(cugn, f"{kind}_norm")(a, *arguments, weight, bias, **options)
+            check_y(np.moveaxis(y, -1, 1) if last else y, forward, dtype, f"{kind} norm, {last=}")
+            result = getattr(cugn, f"{kind}_norm_backward")(b, a, *arguments, weight, **options)
+            if last:
+                result = result._replace(dx=np.moveaxis(result.dx, -1, 1))
+            check_gradients(result, backward, dtype, f"{kind} norm, {last=}")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("value", [1.0, 1e4, 1e8, 3e38, 1e-30])
+def test_one_element_a_group(dtype: str, value: float, library: Library) -> None:
+    """y is the bias, dx zero, dweight zero, exactly."""
+    if dtype not in library.floats or (dtype == "float16" and not 1e-5 < value < 6e4):
+        pytest.skip(f"{library.name}'s {dtype} does not hold {value}")
+    rng = np.random.default_rng(0)
+    x = (value * rng.uniform(0.5, 1, size=(3, 16))).astype(dtype_of(dtype))
+    weight, bias = (rng.normal(size=16).astype(dtype_of(dtype)) for _ in range(2))
+    dy = rng.normal(size=x.shape).astype(dtype_of(dtype))
+    a, b, w, d = (library.array(v) for v in (x, bias, weight, dy))
+    np.testing.assert_array_equal(library.numpy(cugn.group_norm(a, 16, w, b)), np.broadcast_to(bias, x.shape))
+    result = cugn.group_norm_backward(d, a, 16, w)
+    assert not library.numpy(result.dx).any()
+    assert not library.numpy(result.dweight).any()
+    np.testing.assert_array_equal(
+        library.numpy(result.dbias), dy.astype(np.float64).sum(axis=0).astype(dtype_of(dtype))
+    )
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16"])
+def test_images(dtype: str) -> None:
+    """Integers over their whole range are read exactly; y is float32, or the float dtype of out."""
+    info = np.iinfo(dtype)
+    rng = np.random.default_rng(0)
+    x = rng.integers(info.min, info.max, SHAPE, endpoint=True).astype(dtype)
+    weight, bias = (rng.normal(size=SHAPE[1]).astype(np.float32) for _ in range(2))
+    expected = oracle.forward(x, 6, weight, bias)
+    check_y(cugn.group_norm(x, 6, weight, bias), expected, "float32", dtype)
+    for out in FLOATS:
+        y = np.empty(SHAPE, dtype=dtype_of(out))
+        assert cugn.group_norm(x, 6, weight, bias, out=y) is y
+        check_y(y, expected, out, f"{dtype} to {out}")
+    dy = rng.normal(size=SHAPE).astype(np.float32)
+    check_gradients(cugn.group_norm_backward(dy, x, 6, weight), oracle.backward(dy, x, 6, weight), "float32", dtype)
+
+
+@pytest.mark.parametrize("weights", FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_weight_of_another_dtype(dtype: str, weights: str) -> None:
+    """Weight and bias of any float dtype are taken at their own precision; dweight and dbias have the weight's."""
+    rng = np.random.default_rng(0)
+    x, dy = (rng.normal(3, 2, size=SHAPE).astype(dtype_of(dtype)) for _ in range(2))
+    weight, bias = (rng.normal(size=SHAPE[1]).astype(dtype_of(weights)) for _ in range(2))
+    check_y(cugn.group_norm(x, 6, weight, bias), oracle.forward(x, 6, weight, bias), dtype, weights)
+    result, expected = cugn.group_norm_backward(dy, x, 6, weight), oracle.backward(dy, x, 6, weight)
+    assert result.dweight.dtype == result.dbias.dtype == dtype_of(weights)
+    # dweight of float64 from x of float32 is still the sum of terms read from x: accumulated in float64
+    for name in ("dweight", "dbias"):
+        factor = BACKWARD_FACTOR[weights] * max(oracle.epsilon(dtype_of(weights)), 2.0**-40)
+        error = np.abs(getattr(result, name).astype(np.float64) - getattr(expected, name))
+        assert (error <= factor * getattr(expected, f"{name}_terms")).all(), name
+    error = np.abs(result.dx.astype(np.float64) - expected.dx)
+    assert (error <= BACKWARD_FACTOR[dtype] * oracle.epsilon(dtype_of(dtype)) * expected.group_max).all()
+
+
+@pytest.mark.parametrize("where", ["half", "one element", "per channel", "spatial"])
+@pytest.mark.parametrize(("row", "dtype"), [c for c in CASES if "1e-" not in str(c.id) or "e-25" in str(c.id)])
+def test_masked_forward(row: str, dtype: str, where: str) -> None:
+    """The bound of y holds under a mask, with |x_hat| of the elements outside as large as it gets."""
+    x, weight, bias, _ = _input(row, dtype, SHAPE)
+    rng = np.random.default_rng(1)
+    mask = {
+        "half": rng.random(SHAPE) < 0.5,
+        "one element": np.arange(np.prod(SHAPE)).reshape(SHAPE) % 528 == 7,
+        "per channel": (np.arange(24) % 4 != 1)[None, :, None, None],
+        "spatial": rng.random(SHAPE[2:]) < 0.7,
+    }[where]
+    if where == "one element" and ROWS[row].eps == 0:
+        pytest.skip("a variance of zero without eps has no finite result")
+    expected = oracle.forward(x, 6, weight, bias, where=mask, eps=ROWS[row].eps)
+    limit = {"float16": 65504.0, "float32": 3.4e38, "bfloat16": 3.38e38}.get(dtype, 1.79e308)
+    y = cugn.group_norm(x, 6, weight, bias, where=mask, eps=ROWS[row].eps)
+    inside = np.abs(expected.y) < limit  # x of 1e20 over an rstd of 300 is beyond float32: infinite, as it should be
+    with np.errstate(all="ignore"):
+        assert np.isinf(y[np.abs(expected.y) > 1.01 * limit]).all()
+    check_y(y[inside], expected._replace(y=expected.y[inside], scale=expected.scale[inside]), dtype, where)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_masked_backward(dtype: str, offset: float, library: Library) -> None:
+    """The bounds of the backward hold under a mask."""
+    if dtype not in library.floats:
+        pytest.skip(f"{library.name} has no {dtype}")
+    rng = np.random.default_rng(2)
+    x, dy = (rng.normal(o, 1, size=SHAPE).astype(dtype_of(dtype)) for o in (offset, 0))
+    weight = rng.normal(size=SHAPE[1]).astype(dtype_of(dtype))
+    for mask in (rng.random(SHAPE) < 0.6, rng.random(SHAPE[2:]) < 0.6):
+        for groups in (6, list(LABELS)):
+            result = cugn.group_norm_backward(
+                *(library.array(v) for v in (dy, x)), groups, library.array(weight), where=library.array(mask)
+            )
+            expected = oracle.backward(dy, x, groups, weight, where=mask)
+            check_gradients(cugn.GroupNormGrads(*map(library.numpy, result)), expected, dtype, str(groups))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "gelu_tanh"])
+def test_activations(dtype: str, activation: str, library: Library) -> None:
+    """An activation adds no more than its slope (at most 1.13) times the error of z, and one rounding."""
+    if dtype not in library.floats:
+        pytest.skip(f"{library.name} has no {dtype}")
+    rng = np.random.default_rng(3)
+    shape = (2, 8, 9, 5)
+    x, dy = (rng.normal(5, 2, size=shape).astype(dtype_of(dtype)) for _ in range(2))
+    weight, bias = (rng.normal(0, 2, size=shape[1]).astype(dtype_of(dtype)) for _ in range(2))
+    arrays = [library.array(v) for v in (x, weight, bias)]
+    expected = oracle.forward(x, 4, weight, bias, activation=activation)
+    y = library.numpy(cugn.group_norm(arrays[0], 4, *arrays[1:], activation=activation))
+    # 1.13 of the forward's bound, + the activation's own roundings, relative to |y|, within the slack of 1.13 * 3 e;
+    check_y(y, expected._replace(scale=1.13 * expected.scale), dtype, activation)
+    gradients = oracle.backward(dy, x, 4, weight, bias, activation=activation)
+    result = cugn.group_norm_backward(library.array(dy), arrays[0], 4, *arrays[1:], activation=activation)
+    check_gradients(cugn.GroupNormGrads(*map(library.numpy, result)), gradients, dtype, activation)
+
+
+@pytest.mark.parametrize(("row", "dtype"), CASES)
+def test_normalize(row: str, dtype: str, library: Library) -> None:
+    """Statistics that the caller supplies are applied within the forward's bound."""
+    if dtype not in library.floats:
+        pytest.skip(f"{library.name} has no {dtype}")
+    x, weight, bias, _ = _input(row, dtype, SHAPE)
+    forward = oracle.forward(x, 6, weight, bias, eps=ROWS[row].eps)
+    with np.errstate(over="ignore"):
+        mean, rstd = forward.mean.astype(np.float64), forward.rstd.astype(np.float64)
+    if not np.isfinite(rstd).all():
+        pytest.skip("no float64 holds this rstd")
+    shift, scale = (np.repeat(v, 4, axis=1)[:, :, None, None].astype(oracle.LONG) for v in (mean, rstd))
+    x_hat = (np.asarray(x, np.float64).astype(oracle.LONG) - shift) * scale
+    w, b = (v.astype(np.float64).astype(oracle.LONG)[:, None, None] for v in (weight, bias))
+    expected = forward._replace(y=x_hat * w + b, scale=np.abs(w) * np.maximum(1, np.abs(x_hat)) + np.abs(b))
+    for last in (False, True):
+        y = cugn.normalize(
+            _arranged(x, library, last),
+            library.array(mean),
+            library.array(rstd),
+            6,
+            library.array(weight),
+            library.array(bias),
+            channel_axis=-1 if last else 1,
+        )
+        check_y(_restored(y, library, last), expected, dtype, f"channels {'last' if last else 'first'}")
+
+
+@pytest.mark.parametrize(("row", "dtype"), CASES)
+def test_moments(row: str, dtype: str, library: Library) -> None:
+    """Mean within 4 eps of float64, variance within 1e-10 (1e-14 in float64) of its value."""
+    if dtype not in library.floats or row in ("1e200 N", "1e206 + 1e200 N", "1.7e308 U", "1e-200 N", "1e-320 N, eps=0"):
+        pytest.skip(f"{library.name} has no {dtype}" if dtype not in library.floats else "float64 does not hold m2")
+    if "1e-200" in row or (row == "largest of the dtype" and dtype == "float64"):
+        pytest.skip("float64 does not hold m2")
+    x = _input(row, dtype, SHAPE)[0]
+    for groups in (6, 24, list(LABELS)):
+        expected = oracle.forward(x, groups)
+        for last in (False, True):
+            result = cugn.moments(_arranged(x, library, last), groups, channel_axis=-1 if last else 1)
+            count, mean, m2 = (library.numpy(v) for v in result)
+            assert count.dtype == np.int64
+            assert mean.dtype == m2.dtype == np.float64
+            np.testing.assert_array_equal(count, expected.count)
+            std = np.sqrt(expected.m2 / expected.count)
+            assert (np.abs(mean - expected.mean) <= 4 * 2.0**-52 * (np.abs(expected.mean) + std)).all()
+            np.testing.assert_allclose(m2, expected.m2.astype(np.float64), rtol=1e-14 if dtype == "float64" else 1e-10)
