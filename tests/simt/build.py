@@ -172,6 +172,28 @@ def standard_of(options: Sequence[str]) -> str:
     return "-std=c++14"
 
 
+# ---------------------------------------------------------------- inline PTX
+
+#: The instructions that kernels may use, and their stand-ins in device.h: one register in, one out.
+PTX = {
+    "cvt.f32.f16 %0, %1;": "simt::float_of_half",
+    "cvt.rn.f16.f32 %0, %1;": "simt::half_of_float",
+}
+
+
+def without_ptx(code: str) -> str:
+    """Each `asm` statement that is known here, as a call; g++ refuses the others. Lines stay where they are."""
+
+    def call(match: re.Match[str]) -> str:
+        instruction, result, operand = match.groups()
+        function = PTX.get(" ".join(instruction.split()))
+        return match[0] if function is None else f"({result} = {function}({operand}))"
+
+    return re.sub(
+        r'\basm(?:\s+volatile)?\s*\(\s*"([^"]*)"\s*:\s*"=\w"\s*\((\w+)\)\s*:\s*"\w"\s*\((\w+)\)\s*\)', call, code
+    )
+
+
 # ---------------------------------------------------------------- kernels
 
 
@@ -239,7 +261,7 @@ def kernel_library(code: str, options: Sequence[str], name_expressions: Sequence
     macros = (*DEVICE_MACROS, *preprocessor_options(options))
     flags = (standard_of(options), *COMMON_FLAGS, *MODE_FLAGS[mode])
     runtime = runtime_library()
-    key = digest(CXX, code, macros, flags, tuple(name_expressions), runtime.name, DEVICE_HEADER.read_text(), "1")
+    key = digest(CXX, code, macros, flags, tuple(name_expressions), runtime.name, DEVICE_HEADER.read_text(), PTX)
 
     def describe(path: Path) -> None:
         done = subprocess.run(
@@ -273,7 +295,7 @@ def kernel_library(code: str, options: Sequence[str], name_expressions: Sequence
     def make(path: Path) -> None:
         exports = [(k, "" if d.is_template else d.launch_bounds) for k, d in kernels.items()]
         source = path.with_suffix(".cu")
-        source.write_text(f'#line 1 "kern.cu"\n{code}\n{_tail(exports, described["dynamic"])}')
+        source.write_text(f'#line 1 "kern.cu"\n{without_ptx(code)}\n{_tail(exports, described["dynamic"])}')
         built = path.with_suffix(".o")
         header = _precompiled_header(flags)
         try:

@@ -200,6 +200,29 @@ SIMT_INLINE double __hiloint2double(int hi, int lo) {
   return simt::bit_cast<double>((uint64_t)(unsigned)hi << 32 | (unsigned)lo);
 }
 
+// ---- 16-bit floats, for the PTX instructions that build.py replaces. In float64, where their subnormals are normal, so
+// that flushing (see flush_subnormals in module.py) does not touch them: the device does not flush 16-bit operands.
+namespace simt {
+SIMT_INLINE float float_of_half(unsigned short half) {
+  const int exponent = half >> 10 & 31, mantissa = half & 1023;
+  const double magnitude = exponent == 31 ? (mantissa ? (double)NAN : (double)INFINITY)
+                           : exponent     ? ldexp(1024.0 + mantissa, exponent - 25)
+                                          : ldexp((double)mantissa, -24);
+  return (float)(half >> 15 ? -magnitude : magnitude);
+}
+SIMT_INLINE unsigned short half_of_float(float value) {
+  const unsigned short sign = bit_cast<unsigned>(value) >> 16 & 0x8000;
+  const double magnitude = fabs((double)value);
+  if (!(magnitude == magnitude)) return 0x7fff;
+  if (magnitude >= 65520.0) return sign | 0x7c00;
+  int exponent = 0;
+  frexp(magnitude, &exponent);                       // magnitude = fraction * 2^exponent, fraction in [1/2, 1)
+  if (exponent < -13 || magnitude == 0) exponent = -13;   // subnormal, or zero
+  const int steps = (int)rint(ldexp(magnitude, 11 - exponent));   // to nearest even, in units of the last place
+  return sign | (unsigned short)(steps + (exponent + 13) * 1024);  // 1024 more steps: the next exponent
+}
+}  // namespace simt
+
 // ---- integers
 SIMT_INLINE int __popc(unsigned v) { return __builtin_popcount(v); }
 SIMT_INLINE int __popcll(unsigned long long v) { return __builtin_popcountll(v); }
