@@ -318,6 +318,19 @@ def _copy(self: Any, order: str = "C") -> Any:
     return result
 
 
+def _copyto(dst: Any, src: Any, casting: str = "same_kind", where: Any = None) -> None:
+    if where is not None:
+        raise TypeError("copyto with where is not emulated")
+    dst[...] = src
+
+
+def _ascontiguousarray(array: Any, dtype: Any = None) -> Any:
+    wanted = array.dtype if dtype is None else np.dtype(dtype)
+    if array.flags.c_contiguous and array.dtype == wanted:
+        return array
+    return array.astype(wanted, order="C")
+
+
 def _get(self: Any, *_: Any, **__: Any) -> np.ndarray:
     return to_host(self).copy(order="K")
 
@@ -333,7 +346,13 @@ def installed(*devices: Properties) -> Iterator[None]:
         return _devices[device].attributes()[_ATTRIBUTE_NUMBERS[number]]
 
     replaced = {
-        cupy: {"RawModule": module.RawModule, "RawKernel": module.raw_kernel, "is_available": lambda: True},
+        cupy: {
+            "RawModule": module.RawModule,
+            "RawKernel": module.raw_kernel,
+            "is_available": lambda: True,
+            "copyto": _copyto,
+            "ascontiguousarray": _ascontiguousarray,
+        },
         cupy.cuda: {"Device": Device, "get_current_stream": lambda *_: Stream(), "is_available": lambda: True},
         cupy.cuda.runtime: {
             "getDevice": lambda: _current[-1],
