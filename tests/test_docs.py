@@ -1,0 +1,154 @@
+"""Every code block of README and docs runs and prints what stands beside it; the links of the built pages resolve."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib.util
+import io
+import re
+import subprocess
+import tomllib
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HTML = ROOT / "docs" / "_build" / "html"
+PAGES = sorted(
+    path
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    if path.exists() and not {"_build", "gallery"} & set(path.relative_to(ROOT).parts)
+)
+FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[a-z]+)\n(?P<body>.*?)^(?P=indent)```$", re.M | re.S)
+
+
+class Block(NamedTuple):
+    language: str
+    line: int
+    body: str
+    output: str | None
+    """What a text block right behind it says that it prints."""
+
+
+def blocks_of(page: Path) -> list[Block]:
+    text = page.read_text()
+    found = list(FENCE.finditer(text))
+    blocks = []
+    for i, match in enumerate(found):
+        following = found[i + 1] if i + 1 < len(found) else None
+        adjacent = following is not None and not text[match.end() : following.start()].strip()
+        output = following["body"] if adjacent and following["language"] == "text" else None
+        blocks.append(Block(match["language"], text[: match.start()].count("\n") + 2, match["body"], output))
+    return blocks
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def missing_modules(source: str) -> list[str]:
+    """Modules that the code imports and that cannot be used here."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.partition(".")[0])
+    missing = [name for name in sorted(names) if importlib.util.find_spec(name) is None]
+    if "dask" in names and importlib.util.find_spec("cugn.dask") is None:
+        missing.append("cugn.dask")
+    if "cupy" in names - set(missing):
+        import cupy
+
+        if not cupy.is_available():
+            missing.append("a GPU for cupy")
+    return missing
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if any(b.language == "python" for b in blocks_of(p))], ids=name_of)
+def test_code_blocks_run(page, tmp_path, monkeypatch):
+    """In one namespace a page, in order; comments behind print() and text blocks behind a block are its output."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    without = []
+    for block in blocks_of(page):
+        if block.language != "python":
+            continue
+        missing = missing_modules(block.body)
+        if missing:
+            without += missing
+            continue
+        printed = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(printed):
+                # Blank lines before it, so that a traceback has the page's line numbers.
+                exec(compile("\n" * (block.line - 1) + block.body, str(page), "exec"), namespace)
+        except NameError:
+            if not without:
+                raise
+            continue  # it goes on from a block that was left out
+        for expected in re.findall(r"^ *print\(.*\)  # (.*)$", block.body, re.M):
+            assert expected in printed.getvalue().splitlines(), f"{page}:{block.line} prints\n{printed.getvalue()}"
+        if block.output is not None:
+            assert printed.getvalue().strip() == block.output.strip(), f"{page}:{block.line}"
+    if without:
+        pytest.skip(f"blocks that need {', '.join(sorted(set(without)))} were left out; the others ran")
+
+
+def test_shell_blocks_are_shell_and_install_extras_that_exist():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    found = [(page, block) for page in PAGES for block in blocks_of(page) if block.language == "sh"]
+    assert found
+    for page, block in found:
+        result = subprocess.run(["bash", "-n"], input=block.body, text=True, capture_output=True, check=False)
+        assert result.returncode == 0, f"{page}:{block.line}: {result.stderr}"
+        for named in re.findall(r"cugn\[([\w,]+)\]", block.body):
+            assert set(named.split(",")) <= set(extras), f"{page}:{block.line}"
+
+
+def test_every_public_name_has_its_place_in_the_api():
+    import cugn
+    import cugn.diagnostics
+
+    listed = set(re.findall(r"^   (\w+)$", (ROOT / "docs" / "api" / "index.rst").read_text(), re.M))
+    public = {*cugn.__all__, *cugn.diagnostics.__all__} - {"__version__", "diagnostics"}
+    assert listed == public
+
+
+class Page(HTMLParser):
+    """Targets of a page's links, and the anchors that it has."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.anchors: set[str] = set()
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.anchors |= {value for name in ("id", "name") if (value := given.get(name))}
+        self.links += [value for name in ("href", "src") if (value := given.get(name))]
+
+
+def test_internal_links_resolve():
+    if not (HTML / "index.html").exists():
+        pytest.skip("the pages are not built: python -m sphinx -W docs docs/_build/html")
+    pages = {path: Page(path) for path in HTML.rglob("*.html") if "_static" not in path.relative_to(HTML).parts}
+    broken = []
+    for path, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            target = target / "index.html" if target.is_dir() else target
+            if not target.exists() or (
+                parts.fragment and target in pages and unquote(parts.fragment) not in pages[target].anchors
+            ):
+                broken.append(f"{path.relative_to(HTML)}: {link}")
+    assert not broken
+    assert len(pages) > 40  # the API's, the guide's and the gallery's were looked at
