@@ -1,0 +1,475 @@
+"""The Dask engine: the public functions on the chunks of an array, lazily, and merged statistics between them.
+
+Where no group is cut (only the batch is chunked, or the channels between groups) each chunk is a call of its own, one
+task. Otherwise there are two passes, as `parts` says: moments of each chunk, merged in a tree of fixed order, then one
+task a chunk that applies them; the backward adds a tree for its sums. All layers but the trees are blockwise and fuse:
+the graph is linear in the number of chunks. Nothing is computed before ``.compute()``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from array_api_compat import array_namespace
+from dask.array.utils import meta_from_array
+
+from . import functional, reference
+from .parts import Axes, ChannelSums, Part, Statistics, gradient, gradient_sums, local_groups, merged, normalized, pick
+from .plan import Plan
+
+__all__ = ["backward", "double_backward", "forward", "jvp", "moments", "normalize", "serves"]
+
+Array = Any
+FAN_IN = 16
+"""Partial results that one task of a tree merges: a thousand chunks are three levels."""
+
+
+def serves(plan: Plan, operation: str) -> bool:
+    """Everything but the two passes of the backward by themselves, which Dask arrays do not need."""
+    return operation not in ("backward_sums", "backward_apply")
+
+
+def forward(plan: Plan, x: Array, weight: Array, bias: Array, where: Array, out: Array) -> tuple[Array, Array, Array]:
+    """Output and statistics of each group, lazily."""
+    call = _Call(plan, x)
+    if call.whole:
+        blocks = call.blockwise(
+            _forward_block, weight=weight, bias=bias, where=where, eps=plan.eps, activation=plan.activation
+        )
+        return call.like_x(blocks, 0), call.statistic(blocks, 1), call.statistic(blocks, 2)
+    statistics = call.statistics(where)
+    y = call.blockwise(
+        _normalized_block,
+        statistics=statistics,
+        weight=weight,
+        bias=bias,
+        activation=plan.activation,
+        dtype=call.y_dtype,
+    )
+    return y, call.field(statistics, "caller_mean"), call.field(statistics, "caller_rstd")
+
+
+def backward(
+    plan: Plan,
+    dy: Array,
+    x: Array,
+    weight: Array,
+    bias: Array,
+    mean: Array,
+    rstd: Array,
+    where: Array,
+    out: Array,
+) -> tuple[Array, Array, Array]:
+    """Gradients with respect to x, weight and bias, lazily."""
+    call = _Call(plan, x)
+    dtype = call.y_dtype if weight is None else weight.dtype
+    options = {"weight": weight, "bias": bias, "activation": plan.activation}
+    if call.whole:
+        blocks = call.blockwise(_backward_block, dy=dy, mean=mean, rstd=rstd, where=where, eps=plan.eps, **options)
+        return call.like_x(blocks, 0), *call.channel_sums(blocks, dtype)
+    statistics = call.statistics(where, mean, rstd)
+    blocks = call.blockwise(_sums_block, dy=dy, statistics=statistics, **options)
+    sums = call.over_groups(blocks, _first)
+    dx = call.blockwise(
+        _gradient_block, dy=dy, statistics=statistics, sums=sums, where=where, dtype=call.y_dtype, **options
+    )
+    return dx, *call.channel_sums(blocks, dtype)
+
+
+def moments(plan: Plan, x: Array, where: Array) -> tuple[Array, Array, Array]:
+    """Count, mean and sum of squared deviations of each group, lazily."""
+    call = _Call(plan, x)
+    if call.whole:
+        blocks = call.blockwise(_moments_block, where=where)
+        return call.statistic(blocks, 0, np.int64), call.statistic(blocks, 1), call.statistic(blocks, 2)
+    total = call.over_groups(call.blockwise(_part_block, where=where), _itself, partial(_total, groups=plan.G))
+    return call.field(total, "count", np.int64), call.field(total, "mean"), call.field(total, "m2")
+
+
+def normalize(plan: Plan, x: Array, mean: Array, rstd: Array, weight: Array, bias: Array, out: Array) -> Array:
+    """Output under statistics that the caller supplies, lazily."""
+    call = _Call(plan, x)
+    return call.blockwise(
+        _normalize_block,
+        mean=mean,
+        rstd=rstd,
+        weight=weight,
+        bias=bias,
+        activation=plan.activation,
+        dtype=call.y_dtype,
+    )
+
+
+def jvp(
+    plan: Plan,
+    tx: Array,
+    x: Array,
+    weight: Array,
+    bias: Array,
+    tweight: Array,
+    tbias: Array,
+    where: Array,
+    out: Array,
+) -> Array:
+    """Tangent of the output, lazily; where groups are cut, by the reference's formulas on the Dask array itself."""
+    call = _Call(plan, x)
+    if not call.whole:
+        call.require_sizes("group_norm_jvp")
+        return reference.jvp(plan, tx, x, weight, bias, tweight, tbias, where, None).rechunk(x.chunks)
+    channels = {"weight": weight, "bias": bias, "tweight": tweight, "tbias": tbias}
+    return call.blockwise(
+        _jvp_block, tx=tx, where=where, **channels, eps=plan.eps, activation=plan.activation, dtype=call.y_dtype
+    )
+
+
+def double_backward(
+    plan: Plan,
+    ddx: Array,
+    dy: Array,
+    x: Array,
+    weight: Array,
+    bias: Array,
+    ddweight: Array,
+    ddbias: Array,
+    where: Array,
+) -> tuple[Array, Array, Array, Array]:
+    """Gradients of the backward, lazily; where groups are cut, by the reference's formulas on the Dask array itself."""
+    call = _Call(plan, x)
+    if not call.whole:
+        call.require_sizes("group_norm_double_backward")
+        gdy, gx, gweight, gbias = reference.double_backward(plan, ddx, dy, x, weight, bias, ddweight, ddbias, where)
+        return gdy.rechunk(x.chunks), gx.rechunk(x.chunks), gweight, gbias
+    channels = {"weight": weight, "bias": bias, "ddweight": ddweight, "ddbias": ddbias}
+    blocks = call.blockwise(
+        _double_backward_block, ddx=ddx, dy=dy, where=where, **channels, eps=plan.eps, activation=plan.activation
+    )
+    dtype = call.y_dtype if weight is None else weight.dtype
+    return call.like_x(blocks, 0), call.like_x(blocks, 1), *call.channel_sums(blocks, dtype)
+
+
+class _Call:
+    """How the chunks of one call's arrays meet: an index for each axis of x, and one for the groups.
+
+    Layers between two functions of this module hold tuples or the objects of `parts`; what is handed out are arrays.
+    """
+
+    def __init__(self, plan: Plan, x: Array) -> None:
+        self.plan, self.x = plan, x
+        self.axes = Axes(plan.batch_axes, plan.channel_axis)
+        self.index = tuple(range(x.ndim))
+        self.batch_index = tuple(sorted(plan.batch_axes))
+        self.groups_index = x.ndim
+        self.y_dtype = x.dtype if plan.y_dtype == plan.x_dtype else np.dtype(np.float32)
+        labels = np.repeat(np.arange(plan.G), np.diff(plan.group_bounds)) if plan.labels is None else plan.labels
+        self.labels = da.from_array(labels, chunks=(x.chunks[plan.channel_axis],))
+        self.groups_of_chunks = self._groups_of_chunks()
+        self.whole = bool(self.groups_of_chunks)
+
+    def _groups_of_chunks(self) -> tuple[int, ...]:
+        """Number of groups in each chunk along the channels, empty if a group may lie in several chunks."""
+        plan = self.plan
+        if any(self.x.numblocks[axis] > 1 for axis in plan.spatial_axes):
+            return ()
+        sizes = self.x.chunks[plan.channel_axis]
+        if len(sizes) == 1:
+            return (plan.G,)
+        channels_of_group = plan.C // plan.G
+        if plan.labels is not None or any(size % channels_of_group for size in sizes):
+            return ()
+        return tuple(size // channels_of_group for size in sizes)
+
+    def require_sizes(self, function: str) -> None:
+        """Raise where the reference's formulas would need a chunk size that is not known."""
+        if math.isnan(self.plan.N) or math.isnan(self.plan.S):
+            raise ValueError(
+                f"x has chunks of unknown size and groups that lie in several chunks: {function} needs the sizes then; "
+                "call x.compute_chunk_sizes() first"
+            )
+
+    def blockwise(self, function: Any, *, dtype: Any = np.float64, **operands: Any) -> Array:
+        """Blockwise ``function(x, labels, *arrays, names=..., axes=..., **options)`` over the chunks of x."""
+        arrays: list[Any] = []
+        names: list[str] = []
+        options: dict[str, Any] = {}
+        for name, operand in operands.items():
+            if name in ("eps", "activation"):
+                options[name] = operand
+            elif operand is not None:
+                arrays += self._aligned(name, operand)
+                names.append(name)
+        return da.blockwise(
+            function,
+            self.index,
+            *(self.x, self.index, self.labels, (self.plan.channel_axis,), *arrays),
+            names=tuple(names),
+            axes=tuple(self.axes),
+            dtype=dtype,
+            meta=self._meta(self.x.ndim, dtype),
+            align_arrays=False,
+            **options,
+        )
+
+    def _aligned(self, name: str, operand: Array) -> tuple[Array, tuple[int, ...]]:
+        """An operand in chunks that meet x's, and the index of each of its axes."""
+        plan = self.plan
+        if name in ("statistics", "sums"):
+            return operand, self.batch_index
+        if name in ("mean", "rstd"):
+            index = (*plan.batch_axes, self.groups_index)
+        elif name in ("dy", "tx", "ddx", "where"):
+            index = self.index
+        else:
+            index = (plan.channel_axis,)
+        index = index[len(index) - operand.ndim :]
+        chunks = tuple(
+            (size,) if size == 1 or axis == self.groups_index else self.x.chunks[axis]
+            for size, axis in zip(operand.shape, index, strict=True)
+        )
+        if not isinstance(operand, da.Array):
+            return da.from_array(operand, chunks=chunks, asarray=False), index
+        if not any(math.isnan(size) for size in operand.shape):
+            return operand.rechunk(chunks), index
+        if operand.numblocks != tuple(map(len, chunks)):
+            raise ValueError(f"{name} has {operand.numblocks} chunks of unknown size: x has {self.x.numblocks}")
+        return operand, index
+
+    def _meta(self, ndim: int, dtype: Any = np.float64) -> Array:
+        """Empty array of the library of x's chunks."""
+        return meta_from_array(self.x._meta, ndim=ndim, dtype=dtype)
+
+    def like_x(self, blocks: Array, item: int) -> Array:
+        """Array of x's chunks from an item of each block."""
+        return da.blockwise(
+            _item,
+            self.index,
+            blocks,
+            self.index,
+            item=item,
+            dtype=self.y_dtype,
+            meta=self._meta(len(self.index), self.y_dtype),
+        )
+
+    def statistic(self, blocks: Array, item: int, dtype: Any = np.float64) -> Array:
+        """Array of the statistics' shape from an item of each block; each holds all positions of its channels."""
+        channel = self.plan.channel_axis
+        index = (*self.plan.batch_axes, channel)
+        return da.blockwise(
+            _item,
+            index,
+            *(blocks, self.index),
+            item=item,
+            adjust_chunks={channel: self.groups_of_chunks},
+            dtype=dtype,
+            meta=self._meta(len(index), dtype),
+        )
+
+    def field(self, objects: Array, name: str, dtype: Any = np.float64) -> Array:
+        """Array of the statistics' shape from an attribute of the object of each chunk along the batch."""
+        index = (*self.plan.batch_axes, self.groups_index)
+        return da.blockwise(
+            _attribute,
+            index,
+            *(objects, self.batch_index),
+            attribute=name,
+            new_axes={self.groups_index: self.plan.G},
+            dtype=dtype,
+            meta=self._meta(len(index), dtype),
+        )
+
+    def statistics(self, where: Array, mean: Array = None, rstd: Array = None) -> Array:
+        """`Statistics` of each chunk along the batch.
+
+        Those of the caller spare the pass over x, unless x is float64, whose mean needs more than one float64, or the
+        number of elements is in the mask or in chunks of unknown size.
+        """
+        plan = self.plan
+        given = [] if rstd is None else [*self._aligned("mean", mean), *self._aligned("rstd", rstd)]
+        if given and plan.x_dtype != "float64" and where is None and not math.isnan(plan.S):
+            return self._objects(partial(_given, count=np.diff(plan.group_bounds) * plan.S), *given)
+        parts = self.blockwise(_part_block, where=where)
+        statistics = self.over_groups(parts, _itself, partial(_statistics, groups=plan.G, eps=plan.eps))
+        return self._objects(_with_rstd, statistics, self.batch_index, *given[2:]) if given else statistics
+
+    def _objects(self, function: Any, *operands: Any) -> Array:
+        """An object of each chunk along the batch."""
+        meta = self._meta(len(self.batch_index))
+        return da.blockwise(function, self.batch_index, *operands, dtype=np.float64, meta=meta, align_arrays=False)
+
+    def over_groups(self, blocks: Array, take: Any, finish: Any = None) -> Array:
+        """An object of each chunk along the batch: `take` of its blocks, merged, then `finish` of the result."""
+        return self._tree(blocks, tuple(axis for axis in self.index if axis not in self.batch_index), take, finish)
+
+    def channel_sums(self, blocks: Array, dtype: Any) -> tuple[Array, Array]:
+        """dweight and dbias from the `ChannelSums` that are the last item of each block."""
+        channel = self.plan.channel_axis
+        sums = self._tree(blocks, tuple(axis for axis in self.index if axis != channel), _last)
+        dweight, dbias = (
+            da.blockwise(
+                _cast_item,
+                (channel,),
+                *(sums, (channel,)),
+                item=item,
+                to=dtype,
+                dtype=dtype,
+                meta=self._meta(1, dtype),
+            )
+            for item in (0, 1)
+        )
+        return dweight, dbias
+
+    def _tree(self, blocks: Array, axes: tuple[int, ...], take: Any, finish: Any = None) -> Array:
+        """Merge the objects of blocks along axes, always in the same order."""
+        cut = sum(blocks.numblocks[axis] > 1 for axis in axes)
+        fan_in = max(2, round(FAN_IN ** (1 / max(cut, 1))))
+        return da.reduction(
+            blocks,
+            chunk=partial(_taken, take=take),
+            combine=_merged,
+            aggregate=partial(_merged, finish=finish),
+            axis=axes,
+            split_every=dict.fromkeys(axes, fan_in),
+            concatenate=False,
+            dtype=np.float64,
+            meta=self._meta(blocks.ndim - len(axes)),
+        )
+
+
+# What follows runs on the workers. An operand comes in a list where the blocks along a whole axis, of which there is
+# one, belong to it.
+
+
+def _alone(block: Any) -> Any:
+    while isinstance(block, list):
+        (block,) = block
+    return block
+
+
+def _named(names: Sequence[str], arrays: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(names, map(_alone, arrays), strict=True))
+
+
+def _item(block: Any, item: int) -> Array:
+    return _alone(block)[item]
+
+
+def _cast_item(block: Any, item: int, to: Any) -> Array:
+    return block[item].astype(to)
+
+
+def _attribute(block: Any, attribute: str) -> Array:
+    return getattr(block, attribute)
+
+
+def _itself(block: Any) -> Any:
+    return block
+
+
+def _first(block: Any) -> Any:
+    return block[0]
+
+
+def _last(block: Any) -> Any:
+    return block[-1]
+
+
+def _taken(block: Any, take: Any, axis: Any, keepdims: bool) -> Any:
+    return take(block)
+
+
+def _merged(blocks: Any, axis: Any, keepdims: bool, finish: Any = None) -> Any:
+    result = merged(_flat(blocks))
+    return result if finish is None else finish(result)
+
+
+def _flat(blocks: Any) -> list[Any]:
+    return [item for block in blocks for item in _flat(block)] if isinstance(blocks, list) else [blocks]
+
+
+def _statistics(part: Part, groups: int, eps: float) -> Statistics:
+    return part.statistics(groups, eps)
+
+
+def _total(part: Part, groups: int) -> Any:
+    return part.total(groups)
+
+
+def _given(mean: Any, rstd: Any, count: Array) -> Statistics:
+    return Statistics.given(count, _alone(mean), _alone(rstd))
+
+
+def _with_rstd(statistics: Statistics, rstd: Any) -> Statistics:
+    return statistics.with_rstd(_alone(rstd))
+
+
+def _keywords(axes: tuple[Any, ...]) -> dict[str, Any]:
+    return Axes(*axes).keywords
+
+
+def _part_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any) -> Part:
+    return Part.of(x, labels, Axes(*axes), **_named(names, arrays))
+
+
+def _normalized_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any, activation: Any) -> Array:
+    return normalized(x, labels, Axes(*axes), activation=activation, **_named(names, arrays))
+
+
+def _sums_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any, activation: Any) -> Any:
+    operands = _named(names, arrays)
+    return gradient_sums(operands.pop("dy"), x, labels, Axes(*axes), activation=activation, **operands)
+
+
+def _gradient_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any, activation: Any) -> Array:
+    operands = _named(names, arrays)
+    return gradient(operands.pop("dy"), x, labels, Axes(*axes), activation=activation, **operands)
+
+
+def _normalize_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any, activation: Any) -> Array:
+    operands = _named(names, arrays)
+    present, groups, _ = local_groups(labels)
+    mean, rstd = (pick(operands.pop(name), present) for name in ("mean", "rstd"))
+    return functional.normalize(x, mean, rstd, groups, activation=activation, **operands, **_keywords(axes))
+
+
+def _moments_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any) -> Any:
+    return tuple(functional.moments(x, local_groups(labels)[1], **_named(names, arrays), **_keywords(axes)))
+
+
+def _forward_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any, **options: Any) -> Any:
+    groups = local_groups(labels)[1]
+    return tuple(functional.group_norm_forward(x, groups, **_named(names, arrays), **_keywords(axes), **options))
+
+
+def _backward_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any, **options: Any) -> Any:
+    operands = _in_float64(_named(names, arrays), x, labels)
+    present, groups, _ = local_groups(labels)
+    for name in {"mean", "rstd"} & operands.keys():
+        operands[name] = pick(operands[name], present)
+    dx, dweight, dbias = functional.group_norm_backward(
+        operands.pop("dy"), x, groups, **operands, **_keywords(axes), **options
+    )
+    return dx, ChannelSums(dweight, dbias)
+
+
+def _jvp_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any, **options: Any) -> Array:
+    operands = _named(names, arrays)
+    groups = local_groups(labels)[1]
+    return functional.group_norm_jvp(operands.pop("tx"), x, groups, **operands, **_keywords(axes), **options)
+
+
+def _double_backward_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any, **options: Any) -> Any:
+    operands = _in_float64(_named(names, arrays), x, labels)
+    ddx, dy, groups = operands.pop("ddx"), operands.pop("dy"), local_groups(labels)[1]
+    grads = functional.group_norm_double_backward(ddx, dy, x, groups, **operands, **_keywords(axes), **options)
+    return grads.gdy, grads.gx, ChannelSums(grads.gweight, grads.gbias)
+
+
+def _in_float64(operands: dict[str, Any], x: Array, labels: Array) -> dict[str, Any]:
+    """Operands with a float64 weight, so that a block's gradients of the channels come in float64 and add up well."""
+    weight = operands.get("weight")
+    weight = array_namespace(x).ones(len(labels)) if weight is None else weight.astype(np.float64)
+    return {**operands, "weight": weight}
