@@ -173,7 +173,7 @@ class _Call:
     def _groups_of_chunks(self) -> tuple[int, ...]:
         """Number of groups in each chunk along the channels, empty if a group may lie in several chunks."""
         plan = self.plan
-        if any(self.x.numblocks[axis] > 1 for axis in plan.spatial_axes):
+        if plan.C == 0 or any(self.x.numblocks[axis] > 1 for axis in plan.spatial_axes):
             return ()
         sizes = self.x.chunks[plan.channel_axis]
         if len(sizes) == 1:
@@ -284,12 +284,13 @@ class _Call:
     def statistics(self, where: Array, mean: Array = None, rstd: Array = None) -> Array:
         """`Statistics` of each chunk along the batch.
 
-        Those of the caller spare the pass over x, unless x is float64, whose mean needs more than one float64, or the
-        number of elements is in the mask or in chunks of unknown size.
+        Those of the caller spare the pass over x, unless one number does not tell the mean well enough (float64 x, or
+        a mean in less than float64), or the number of elements is in the mask or in chunks of unknown size.
         """
         plan = self.plan
         given = [] if rstd is None else [*self._aligned("mean", mean), *self._aligned("rstd", rstd)]
-        if given and plan.x_dtype != "float64" and where is None and not math.isnan(plan.S):
+        enough = plan.x_dtype != "float64" and bool(given) and mean.dtype == np.float64
+        if enough and where is None and not math.isnan(plan.S):
             return self._objects(partial(_given, count=np.diff(plan.group_bounds) * plan.S), *given)
         parts = self.blockwise(_part_block, where=where)
         statistics = self.over_groups(parts, _itself, partial(_statistics, groups=plan.G, eps=plan.eps))

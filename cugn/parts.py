@@ -41,7 +41,8 @@ Array = Any
 Indices = np.ndarray[Any, np.dtype[np.intp]]
 
 # Squares of 2^+-600 fit in the other half of float64's range: m2 beyond 2^+-900 moves by a factor 2^-+1200.
-_UNIT_EXPONENT, _SAFE_EXPONENT = 600, 900
+# Means that are 2^+-400 apart add their square, times a count, to m2.
+_UNIT_EXPONENT, _SAFE_EXPONENT, _NEAR_EXPONENT = 600, 900, 400
 
 
 class Axes(NamedTuple):
@@ -115,8 +116,12 @@ class Part(NamedTuple):
         with np.errstate(all="ignore"):
             filled, other_filled = self.moments.count > 0, other.moments.count > 0
             shift = xp.where(filled, self.shift, other.shift)
-            larger = xp.where(self.unit > other.unit, self.unit, other.unit)
-            unit = xp.where(filled & other_filled, larger, xp.where(filled, self.unit, other.unit))
+            unit = xp.where(filled, self.unit, other.unit)
+            unit = xp.where(other_filled & (other.unit > unit), other.unit, unit)
+            # Two parts of one element each are in small units, however far apart they are.
+            apart = xp.where(filled & other_filled, xp.abs(self.shift / 2 - other.shift / 2), xp.zeros_like(unit))
+            unit = xp.where((apart > 2.0**-_NEAR_EXPONENT) & (unit < 1), xp.ones_like(unit), unit)
+            unit = xp.where(apart > 2.0**_NEAR_EXPONENT, 2.0**_UNIT_EXPONENT * xp.ones_like(unit), unit)
             return Part(
                 self.present, shift, unit, self._about(shift, unit).moments.merge(other._about(shift, unit).moments)
             )

@@ -128,9 +128,8 @@ class Plan:
         spatial_axes = tuple(a for a in range(len(x.shape)) if a != channel_axis and a not in batch_axes)
         batch_shape = tuple(x.shape[a] for a in batch_axes)
         C = x.shape[channel_axis]
-        for axis in (channel_axis, *spatial_axes):
-            if x.shape[axis] != x.shape[axis]:
-                raise ValueError(f"x has an unknown size along axis {axis}: only batch axes may have one")
+        if C != C:  # NaN: Dask's sign for a size that is not known before the values are
+            raise ValueError(f"x has an unknown size along axis {channel_axis}, the channels: it must be known")
         G, labels = _groups(groups, C)
         eps = checked_eps(eps)
         if activation not in ACTIVATIONS:

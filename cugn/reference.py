@@ -388,6 +388,8 @@ class _Groups:
         plan, xp = self.plan, self.xp
         if plan.labels is None:
             return reduce(xp, xp.reshape(values, (plan.N, plan.G, plan.C // max(plan.G, 1))))
+        if plan.G == 0:  # labels of no channels
+            return values
         ordered = xp.take(values, self._indices(plan.channel_order), axis=1)
         bounds = [int(bound) for bound in plan.group_bounds]
         # Sorted by value, so that a sum has the same bits in whatever order the channels come.

@@ -1,0 +1,422 @@
+"""Dask arrays give what NumPy arrays give, lazily, whatever the chunks."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cugn
+
+da = pytest.importorskip("dask.array")
+dask = pytest.importorskip("dask")
+
+SHAPE = (3, 12, 6, 10)
+OFFSET = 1e4
+CHUNKINGS = {
+    "one chunk": SHAPE,
+    "batch": (1, 12, 6, 10),
+    "channels between groups": (3, 6, 6, 10),
+    "channels inside groups": (3, 4, 6, 10),
+    "channels one by one": (3, 1, 6, 10),
+    "rows": (3, 12, 2, 10),
+    "columns": (3, 12, 6, 4),
+    "batch and rows": (2, 12, 3, 10),
+    "channels and columns": (3, 5, 6, 3),
+    "everything": (2, 5, 4, 3),
+}
+LABELS = [2, 0, 1, 0, 2, 1, 0, 0, 1, 2, 0, 3]
+GROUPS = {"G=4": 4, "G=1": 1, "G=C": 12, "labels": LABELS}
+
+
+@pytest.fixture(autouse=True)
+def _single_thread():
+    with dask.config.set(scheduler="synchronous"):
+        yield
+
+
+def data(dtype: Any, shape: tuple[int, ...] = SHAPE, offset: float = OFFSET) -> tuple[Any, Any, Any, Any, Any]:
+    """x, dy, weight, bias, where."""
+    rng = np.random.default_rng(7)
+    x = (offset + rng.normal(size=shape)).astype(dtype)
+    weight, bias = rng.normal(1, 0.5, (2, shape[1])).astype(np.float32)
+    return x, rng.normal(size=shape).astype(dtype), weight, bias, rng.random(shape) < 0.6
+
+
+def bounds(result: Any, scale: Any, factor: int) -> Any:
+    """The promised bound: `factor` eps of the dtype times the scale; twice, for both sides may have used it up."""
+    return 2 * factor * np.finfo(result.dtype).eps * scale
+
+
+def check_forward(got: Any, wanted: Any, weight: Any, bias: Any) -> None:
+    y, mean, rstd = wanted
+    factor = 4 if y.dtype == np.float64 else 3
+    w = 1 if weight is None else np.abs(weight).max()
+    b = 0 if bias is None else np.abs(bias).max()
+    x_hat_scale = max(1.0, (np.abs(y).max() + b) / w)
+    assert np.abs(got[0] - y).max() <= bounds(y, w * x_hat_scale + b, factor)
+    # a mean merged in float64 is off by some units in its last place; the variance by 1e-16 (1 + k^2), with block
+    # means within k = 3 standard deviations of each other, and by the data's own rounding of the differences
+    np.testing.assert_allclose(got[1], mean, rtol=1e-14)
+    np.testing.assert_allclose(got[2], rstd, rtol=1e-11)
+
+
+def check_backward(got: Any, wanted: Any, terms: Any) -> None:
+    factor = 8 if wanted[0].dtype == np.float64 else 4
+    assert np.abs(got[0] - wanted[0]).max() <= bounds(wanted[0], np.abs(wanted[0]).max(), factor)
+    for gradient, reference in zip(got[1:], wanted[1:], strict=True):
+        assert np.abs(gradient - reference).max() <= bounds(reference, terms, factor)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("chunks", CHUNKINGS.values(), ids=CHUNKINGS)
+def test_equals_numpy(chunks: Any, groups: Any, dtype: Any) -> None:
+    x, dy, weight, bias, where = data(dtype)
+    lazy_x, lazy_dy = da.from_array(x, chunks), da.from_array(dy, chunks)
+    for options in ({}, {"where": where, "activation": "silu"}):
+        wanted = cugn.group_norm_forward(x, groups, weight, bias, **options)
+        lazy = cugn.group_norm_forward(lazy_x, groups, weight, bias, **options)
+        check_forward(same_kind(lazy, wanted, lazy_x), wanted, weight, bias)
+
+        grads = cugn.group_norm_backward(dy, x, groups, weight, bias, **options)
+        lazy_grads = cugn.group_norm_backward(lazy_dy, lazy_x, groups, weight, bias, **options)
+        terms = np.abs(dy * np.abs(wanted.y).max()).sum((0, 2, 3)).max() + 1
+        check_backward(same_kind(lazy_grads, grads, lazy_x), grads, terms)
+
+
+def same_kind(lazy: Any, wanted: Any, x: Any) -> Any:
+    """Computed fields, after a check that each says before what it is: type, shape, dtype, x's chunks."""
+    assert type(lazy) is type(wanted)
+    assert lazy[0].chunks == x.chunks
+    computed = dask.compute(*lazy)
+    for field, value, reference in zip(lazy, computed, wanted, strict=True):
+        assert type(value) is np.ndarray
+        assert field.shape == value.shape == reference.shape
+        assert field.dtype == value.dtype == reference.dtype == field._meta.dtype
+    return computed
+
+
+@pytest.mark.parametrize("supplied", ["full", "one for all samples", "dask"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("chunks", [CHUNKINGS["batch"], CHUNKINGS["channels between groups"], CHUNKINGS["everything"]])
+def test_supplied_statistics(chunks: Any, dtype: Any, supplied: str) -> None:
+    x, dy, weight, bias, where = data(dtype)
+    if supplied == "one for all samples":
+        x[:] = x[:1]
+    statistics = cugn.moments(x, 4)
+    mean, rstd = statistics.mean, statistics.rstd(1e-5)
+    if supplied == "one for all samples":
+        mean, rstd = mean[0], rstd[:1]
+    given = (da.from_array(mean, 1), da.from_array(rstd, 1)) if supplied == "dask" else (mean, rstd)
+    lazy_x, lazy_dy = da.from_array(x, chunks), da.from_array(dy, chunks)
+    y = cugn.normalize(x, mean, rstd, 4, weight, bias, activation="relu")
+    lazy = cugn.normalize(lazy_x, *given, 4, weight, bias, activation="relu")
+    assert lazy.chunks == lazy_x.chunks
+    np.testing.assert_array_equal(lazy.compute(), y)
+    for mask in (None, where):
+        wanted = cugn.group_norm_backward(dy, x, 4, weight, mean=mean, rstd=rstd, where=mask)
+        got = cugn.group_norm_backward(lazy_dy, lazy_x, 4, weight, mean=given[0], rstd=given[1], where=mask)
+        check_backward(dask.compute(*got), wanted, 4 * np.abs(dy).sum((0, 2, 3)).max())
+
+
+@pytest.mark.parametrize("chunks", CHUNKINGS.values(), ids=CHUNKINGS)
+def test_moments(chunks: Any) -> None:
+    x, _, _, _, where = data(np.float32)
+    for mask in (None, where, where[:1, :, :1], np.arange(10) > 4, np.arange(3)[:, None, None, None] > 0):
+        wanted = cugn.moments(x, LABELS, where=mask)
+        lazy = cugn.moments(da.from_array(x, chunks), LABELS, where=mask)
+        count, mean, m2 = dask.compute(*lazy)
+        assert (count.dtype, mean.dtype, m2.dtype) == (np.int64, np.float64, np.float64)
+        np.testing.assert_array_equal(count, wanted.count)
+        np.testing.assert_allclose(mean, wanted.mean, rtol=1e-14)
+        np.testing.assert_allclose(m2, wanted.m2, rtol=1e-11)
+        if count.all():
+            np.testing.assert_allclose(lazy.rstd(1e-5).compute(), wanted.rstd(1e-5), rtol=1e-11)
+    merged = cugn.moments(da.from_array(x, chunks), LABELS, where=~where).merge(
+        cugn.moments(da.from_array(x, chunks), LABELS, where=where)
+    )
+    np.testing.assert_allclose(merged.mean.compute(), cugn.moments(x, LABELS).mean, rtol=1e-14)
+
+
+@pytest.mark.parametrize("chunks", CHUNKINGS.values(), ids=CHUNKINGS)
+@pytest.mark.parametrize("family", ["layer_norm", "instance_norm", "batch_norm"])
+def test_family(family: str, chunks: Any) -> None:
+    x, dy, weight, bias, where = data(np.float32)
+    lazy_x, lazy_dy = da.from_array(x, chunks), da.from_array(dy, chunks)
+    forward, backward = (getattr(cugn, f"{family}_{name}") for name in ("forward", "backward"))
+    wanted = forward(x, weight, bias, where=where)
+    check_forward(
+        same_kind(forward(lazy_x, weight, bias, where=da.from_array(where, 2)), wanted, lazy_x), wanted, weight, bias
+    )
+    grads = backward(dy, x, weight, bias)
+    terms = 8 * np.abs(dy).sum((0, 2, 3)).max()
+    check_backward(same_kind(backward(lazy_dy, lazy_x, weight, bias), grads, lazy_x), grads, terms)
+
+
+@pytest.mark.parametrize("chunks", [(1, 5, 2, 20), (3, 8, 3, 5), (2, 3, 4, 7)])
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        (5, {"channel_axis": -1, "batch_axis": (2, 0)}),
+        (2, {"channel_axis": 1, "batch_axis": (0, 3)}),
+        (4, {"channel_axis": 1, "batch_axis": None}),
+        (2, {"channel_axis": 2, "batch_axis": -1}),
+    ],
+)
+def test_axes(groups: int, axes: Any, chunks: Any) -> None:
+    rng = np.random.default_rng(3)
+    x, dy = rng.normal(size=(2, 3, 8, 4, 20)).astype(np.float32)
+    x += 1e4
+    lazy_x, lazy_dy = da.from_array(x, chunks), da.from_array(dy, chunks)
+    wanted = cugn.group_norm_forward(x, groups, **axes)
+    check_forward(same_kind(cugn.group_norm_forward(lazy_x, groups, **axes), wanted, lazy_x), wanted, None, None)
+    grads = cugn.group_norm_backward(dy, x, groups, **axes)
+    got = same_kind(cugn.group_norm_backward(lazy_dy, lazy_x, groups, **axes), grads, lazy_x)
+    check_backward(got, grads, 4 * np.abs(dy).sum())
+
+
+@pytest.mark.parametrize("chunks", [CHUNKINGS["batch"], CHUNKINGS["everything"]])
+def test_dtypes(chunks: Any) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    rng = np.random.default_rng(1)
+    for dtype in (np.float16, ml_dtypes.bfloat16, np.uint8, np.int16):
+        x = (100 * rng.random(SHAPE)).astype(dtype)
+        wanted = cugn.group_norm_forward(x, LABELS)
+        got = same_kind(cugn.group_norm_forward(da.from_array(x, chunks), LABELS), wanted, da.from_array(x, chunks))
+        # half an ulp of y on each side of a statistic that differs in its last bits
+        eps = float(ml_dtypes.finfo(wanted.y.dtype).eps)
+        assert np.abs(got[0].astype(float) - wanted.y.astype(float)).max() <= eps * np.abs(wanted.y.astype(float)).max()
+        dy = rng.normal(size=SHAPE).astype(wanted.y.dtype)
+        weight = rng.normal(size=12).astype(ml_dtypes.bfloat16)
+        lazy = cugn.group_norm_backward(da.from_array(dy, chunks), da.from_array(x, chunks), LABELS, weight)
+        grads = cugn.group_norm_backward(dy, x, LABELS, weight)
+        assert lazy.dweight.dtype == grads.dweight.dtype == weight.dtype
+        for value, reference in zip(dask.compute(*lazy), grads, strict=True):
+            assert value.dtype == reference.dtype
+            reference = reference.astype(float)
+            eps = float(ml_dtypes.finfo(value.dtype).eps)
+            assert np.abs(value.astype(float) - reference).max() <= eps * np.abs(reference).max()
+
+
+def test_batch_chunks_give_the_bits_of_numpy() -> None:
+    x, dy, weight, bias, where = data(np.float32)
+    for chunks in ((1, 12, 6, 10), (2, 6, 6, 10)):
+        lazy_x, lazy_dy = da.from_array(x, chunks), da.from_array(dy, chunks)
+        np.testing.assert_array_equal(
+            cugn.group_norm(lazy_x, 4, weight, bias, where=where).compute(),
+            cugn.group_norm(x, 4, weight, bias, where=where),
+        )
+        np.testing.assert_array_equal(
+            cugn.group_norm_backward(lazy_dy, lazy_x, 4, weight).dx.compute(),
+            cugn.group_norm_backward(dy, x, 4, weight).dx,
+        )
+
+
+def test_same_bits_from_run_to_run_and_for_any_number_of_threads() -> None:
+    x, dy, weight, _, _ = data(np.float32)
+
+    def run(workers: int) -> list[bytes]:
+        lazy_x, lazy_dy = (da.from_array(a, CHUNKINGS["everything"]) for a in (x, dy))
+        grads = cugn.group_norm_backward(lazy_dy, lazy_x, 4, weight)
+        return [a.tobytes() for a in dask.compute(*grads, scheduler="threads", num_workers=workers)]
+
+    first = run(1)
+    assert all(run(workers) == first for workers in (1, 2, 4))
+
+
+@pytest.mark.parametrize("offset", [1e8, 1e12])
+def test_float64_far_from_zero(offset: float) -> None:
+    mpmath = pytest.importorskip("mpmath")
+    x = offset + np.random.default_rng(2).normal(size=(1, 2, 4, 6))
+    with mpmath.workdps(40):
+        values = [mpmath.mpf(float(v)) for v in x.ravel()]
+        mean = mpmath.fsum(values) / len(values)
+        var = mpmath.fsum((v - mean) ** 2 for v in values) / len(values)
+        oracle = np.array([float((v - mean) / mpmath.sqrt(var)) for v in values]).reshape(x.shape)
+    y = cugn.group_norm(da.from_array(x, (1, 1, 2, 3)), 1, eps=0).compute()
+    assert np.abs(y - oracle).max() <= 4 * np.finfo(float).eps * np.abs(oracle).max()
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200, 1e307])
+def test_float64_whose_squares_leave_the_range(scale: float) -> None:
+    rng = np.random.default_rng(2)
+    plain, dy = rng.uniform(-1, 1, (2, 2, 4, 4, 6))
+    wanted = cugn.group_norm(plain, 2, eps=0)
+    chunks = (1, 3, 2, 3)
+    y = cugn.group_norm(da.from_array(scale * plain, chunks), 2, eps=0).compute()
+    # the rounding of scale * plain, 1 eps of x, comes to the engine's 4
+    assert np.abs(y - wanted).max() <= 12 * np.finfo(float).eps * np.abs(wanted).max()
+    got = cugn.group_norm_backward(da.from_array(dy, chunks), da.from_array(scale * plain, chunks), 2, eps=0).dx
+    dx = cugn.group_norm_backward(dy, plain, 2, eps=0).dx
+    assert np.abs(got.compute() * scale - dx).max() <= 24 * np.finfo(float).eps * np.abs(dx).max()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_nan_and_empty_groups_stay_by_themselves(dtype: Any) -> None:
+    x, _, weight, bias, where = data(dtype)
+    x[1, 0, 0, 0], x[2, 11, 5, 9] = np.nan, np.inf
+    where[0, 3:6] = False
+    wanted = cugn.group_norm(x, 4, weight, bias, where=where)
+    assert np.isnan(wanted).sum() > 0
+    got = cugn.group_norm(da.from_array(x, CHUNKINGS["everything"]), 4, weight, bias, where=where).compute()
+    np.testing.assert_allclose(got, wanted, rtol=1e-4 if dtype == np.float32 else 1e-10)
+    assert np.isnan(got).tolist() == np.isnan(wanted).tolist()
+
+
+@pytest.mark.parametrize("chunks", CHUNKINGS.values(), ids=CHUNKINGS)
+def test_jvp_and_double_backward(chunks: Any) -> None:
+    x, dy, weight, bias, where = data(np.float64, offset=0)
+    ddx = np.random.default_rng(5).normal(size=SHAPE)
+    options = {"where": where, "activation": "gelu_tanh"}
+    lazy_x, lazy_dy, lazy_ddx = (da.from_array(a, chunks) for a in (x, dy, ddx))
+    wanted = cugn.group_norm_jvp(ddx, x, LABELS, weight, bias, tweight=bias, tbias=weight, **options)
+    got = cugn.group_norm_jvp(lazy_ddx, lazy_x, LABELS, weight, bias, tweight=bias, tbias=weight, **options)
+    assert (got.chunks, got.dtype) == (lazy_x.chunks, wanted.dtype)
+    np.testing.assert_allclose(got.compute(), wanted, atol=1e-12)
+    wanted = cugn.group_norm_double_backward(ddx, dy, x, LABELS, weight, bias, ddweight=bias, ddbias=weight, **options)
+    got = cugn.group_norm_double_backward(
+        lazy_ddx, lazy_dy, lazy_x, LABELS, weight, bias, ddweight=bias, ddbias=weight, **options
+    )
+    assert got.gdy.chunks == got.gx.chunks == lazy_x.chunks
+    for lazy, reference in zip((*got, got.gbias), (*wanted, wanted.gbias), strict=True):
+        assert lazy.dtype == reference.dtype
+        np.testing.assert_allclose(lazy.compute(), reference, atol=1e-5 if lazy.dtype == np.float32 else 1e-11)
+
+
+def unknown_batch(x: Any, chunks: Any) -> Any:
+    lazy = da.from_array(x, chunks)
+    return lazy[da.from_array(np.arange(len(x)) >= 0, chunks[0])]  # keeps all, but Dask cannot know
+
+
+@pytest.mark.parametrize("chunks", [CHUNKINGS["batch"], CHUNKINGS["everything"]])
+def test_unknown_batch_chunks(chunks: Any) -> None:
+    x, dy, weight, bias, where = data(np.float32)
+    lazy_x, lazy_dy, lazy_where = (unknown_batch(a, chunks) for a in (x, dy, where))
+    assert np.isnan(lazy_x.shape[0])
+    terms = 8 * np.abs(dy).sum((0, 2, 3)).max()
+    for function in ("group_norm", "batch_norm"):
+        groups = (4,) if function == "group_norm" else ()
+        forward, backward = (getattr(cugn, f"{function}_{name}") for name in ("forward", "backward"))
+        for options, lazy_options in (({}, {}), ({"where": where}, {"where": lazy_where})):
+            wanted = forward(x, *groups, weight, bias, **options)
+            lazy = forward(lazy_x, *groups, weight, bias, **lazy_options)
+            assert lazy.y.numblocks == lazy_x.numblocks
+            check_forward(dask.compute(*lazy), wanted, weight, bias)
+            grads = backward(dy, x, *groups, weight, **options)
+            for statistics in ({}, {"mean": lazy.mean, "rstd": lazy.rstd}):
+                got = backward(lazy_dy, lazy_x, *groups, weight, **statistics, **lazy_options)
+                check_backward(dask.compute(*got), grads, terms)
+            how = {"groups": 12, "batch_axis": None} if function == "batch_norm" else {"groups": 4}
+            y = cugn.normalize(lazy_x, lazy.mean, lazy.rstd, **how)
+            assert y.numblocks == lazy_x.numblocks
+            np.testing.assert_allclose(y.compute(), forward(x, *groups, **options).y, rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_sizes_where_they_are_needed() -> None:
+    x = unknown_batch(data(np.float32)[0], CHUNKINGS["everything"])
+    with pytest.raises(ValueError, match="compute_chunk_sizes"):
+        cugn.group_norm_jvp(x, x, 4)
+    with pytest.raises(ValueError, match="compute_chunk_sizes"):
+        cugn.group_norm_double_backward(x, x, x, 4)
+    other = unknown_batch(data(np.float32)[1], (1, 5, 4, 3))
+    with pytest.raises(ValueError, match=r"dy has .* chunks of unknown size"):
+        cugn.group_norm_backward(other, x, 4)
+    channels = da.from_array(np.ones((2, 4, 6), np.float32), 2)[:, da.from_array(np.ones(4, bool), 2)]
+    with pytest.raises(ValueError, match="unknown size along axis 1, the channels"):
+        cugn.group_norm(channels, 2)
+
+
+def test_nothing_is_computed_before_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("computed")
+
+    for name in ("moments", "normalize", "backward_sums", "backward_apply"):
+        monkeypatch.setattr(f"cugn.parts.{name}", forbidden)
+    x, _, weight, bias, where = data(np.float32)
+    for chunks in CHUNKINGS.values():
+        source = da.from_array(x, chunks).map_blocks(forbidden, dtype=x.dtype, meta=x[:0, :0, :0, :0])
+        results = [
+            *cugn.group_norm_forward(source, 4, weight, bias, where=where),
+            *cugn.group_norm_backward(source, source, 4, weight, bias),
+            *cugn.moments(source, 4),
+            cugn.normalize(source, np.zeros(4), np.ones(4), 4),
+            cugn.group_norm_jvp(source, source, 4),
+            *cugn.group_norm_double_backward(source, source, source, 4),
+            *cugn.batch_norm_forward(source),
+        ]
+        for result in results:
+            with pytest.raises(AssertionError, match="computed"):
+                result.compute()
+
+
+def tasks(array: Any) -> int:
+    return len(dask.optimize(array)[0].__dask_graph__())
+
+
+def test_one_task_a_chunk_where_only_the_batch_is_chunked() -> None:
+    x = da.ones((64, 8, 4, 4), chunks=(1, 8, 4, 4), dtype=np.float32)
+    # the chunk's source is fused with the call; labels are one task
+    assert tasks(cugn.group_norm(x, 4)) <= 64 + 2
+    assert tasks(cugn.group_norm(x, [0, 1, 2, 0, 1, 2, 0, 3])) <= 64 + 2
+
+
+def test_graphs_are_linear_and_quick() -> None:
+    def built(edge: int) -> tuple[int, float]:
+        x = da.ones((10, 8, 10 * edge, 10), chunks=(1, 4, 10, 1), dtype=np.float32)
+        start = time.perf_counter()
+        results = (*cugn.group_norm_forward(x, 1), *cugn.group_norm_backward(x, x, 1))
+        count = len(dict(dask.base.collections_to_expr(results).optimize().__dask_graph__()))
+        return count, time.perf_counter() - start
+
+    small, _ = built(1)
+    large, seconds = built(5)  # 200 and 1,000 chunks
+    assert large <= 5.5 * small
+    assert seconds < 2
+
+
+def test_empty_arrays() -> None:
+    for shape in ((0, 4, 3), (2, 4, 0), (2, 0, 3)):
+        x = da.ones(shape, dtype=np.float32)
+        groups = 2
+        wanted = cugn.group_norm_forward(np.ones(shape, np.float32), groups)
+        got = dask.compute(*cugn.group_norm_forward(x, groups))
+        for value, reference in zip(got, wanted, strict=True):
+            np.testing.assert_array_equal(value, reference)
+        grads = cugn.group_norm_backward(np.ones(shape, np.float32), np.ones(shape, np.float32), groups)
+        for value, reference in zip(dask.compute(*cugn.group_norm_backward(x, x, groups)), grads, strict=True):
+            np.testing.assert_array_equal(value, reference)
+
+
+def test_chunks_without_elements() -> None:
+    x, dy, weight, _, _ = data(np.float32)
+    chunks = ((0, 3), (4, 0, 8), (6,), (0, 7, 0, 3))
+    lazy_x, lazy_dy = da.from_array(x, chunks), da.from_array(dy, chunks)
+    wanted = cugn.group_norm_forward(x, 4, weight)
+    check_forward(same_kind(cugn.group_norm_forward(lazy_x, 4, weight), wanted, lazy_x), wanted, weight, None)
+    grads = cugn.group_norm_backward(dy, x, 4, weight)
+    got = same_kind(cugn.group_norm_backward(lazy_dy, lazy_x, 4, weight), grads, lazy_x)
+    check_backward(got, grads, 4 * np.abs(dy).sum((0, 2, 3)).max())
+
+
+def test_out_is_refused() -> None:
+    x = da.ones((2, 4, 3))
+    with pytest.raises(TypeError, match="out is from dask"):
+        cugn.group_norm(x, 2, out=x)
+
+
+def test_operands_in_other_chunks() -> None:
+    x, dy, weight, bias, where = data(np.float32)
+    lazy = cugn.group_norm_backward(
+        da.from_array(dy, (3, 2, 5, 5)),
+        da.from_array(x, CHUNKINGS["everything"]),
+        4,
+        da.from_array(weight, 5),
+        da.from_array(bias, 12),
+        where=da.from_array(where, (3, 12, 1, 10)),
+        activation="silu",
+    )
+    wanted = cugn.group_norm_backward(dy, x, 4, weight, bias, where=where, activation="silu")
+    check_backward(dask.compute(*lazy), wanted, 8 * np.abs(dy).sum((0, 2, 3)).max())
