@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import cugn
 import cugn.reference
 from cugn import engines, functional
 
@@ -97,3 +99,16 @@ def subprocess_environment(**variables: str) -> dict[str, str]:
     """Environment of a child that imports the cugn under test."""
     path = os.pathsep.join(p for p in (str(Path(cugn.__file__).parents[1]), os.environ.get("PYTHONPATH")) if p)
     return {**os.environ, "PYTHONPATH": path, **variables}
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let the CPU engine use `count` threads."""
+    if not hasattr(cugn, "set_num_threads"):
+        pytest.skip("no compiled engine here: the reference has one thread")
+    before = cugn.get_num_threads()
+    cugn.set_num_threads(count)
+    try:
+        yield
+    finally:
+        cugn.set_num_threads(before)
