@@ -1,0 +1,109 @@
+"""Kernel text to functions: one module for each set of options, built by NVRTC on first use and kept for each device."""
+
+from __future__ import annotations
+
+import threading
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..plan import FLOATS, INTEGERS
+from .config import Device
+
+__all__ = ["KERNELS", "Specialisation", "device_properties", "kernel", "options", "source", "specialisations"]
+
+FOLDER = Path(__file__).parent / "kernels"
+
+HEADERS = ("types.cuh", "box.cuh", "activation.cuh", "moments.cuh")
+"""In front of every kernel file: NVRTC then needs no include path, and CuPy's cache key covers them."""
+
+KERNELS = {
+    "forward": ("forward", "moments", "merge_moments", "apply_statistics"),
+    "backward": (
+        *("backward", "backward_sums", "merge_backward", "backward_apply"),
+        "parameter_gradients",
+    ),
+    "copy": ("copy_elements", "copy_to_float64"),
+}
+"""Kernels of each file."""
+
+ACTIVATIONS = {None: "IDENTITY", "relu": "RELU", "silu": "SILU", "gelu": "GELU", "gelu_tanh": "GELU_TANH"}
+
+FLAGS = ("--std=c++17", "--fmad=false", "-default-device")
+"""No contraction: a vector's body and its scalar edge give the same bits, and every fma is written out."""
+
+
+class Specialisation(NamedTuple):
+    """One module: a kernel file under one set of options."""
+
+    file: str
+    x_dtype: str
+    y_dtype: str
+    activation: str | None = None
+    masked: bool = False
+    same_channel: bool = False
+    tangent: bool = False
+
+
+@lru_cache(maxsize=8)
+def source(file: str) -> str:
+    """Text of one module: the headers, then the file, with the lines of each under its own name."""
+    parts = []
+    for name in (*HEADERS, f"{file}.cu"):
+        parts.append(f'#line 1 "{name}"\n{(FOLDER / name).read_text(encoding="utf-8")}')
+    return "\n".join(parts)
+
+
+def options(specialisation: Specialisation) -> tuple[str, ...]:
+    """NVRTC options of a module."""
+    s = specialisation
+    return (
+        *FLAGS,
+        f"-DX_DTYPE={s.x_dtype.upper()}",
+        f"-DY_DTYPE={s.y_dtype.upper()}",
+        f"-DACTIVATION={ACTIVATIONS[s.activation]}",
+        f"-DMASKED={int(s.masked)}",
+        f"-DSAME_CHANNEL={int(s.same_channel)}",
+        f"-DTANGENT={int(s.tangent)}",
+    )
+
+
+def specialisations() -> list[Specialisation]:
+    """Every module that the engine can build."""
+    dtypes = [(x, x) for x in FLOATS] + [(x, y) for x in INTEGERS for y in FLOATS]
+    return [
+        Specialisation(file, x, y, activation, masked, same_channel)
+        for file in KERNELS
+        for (x, y), activation, masked, same_channel in product(dtypes, ACTIVATIONS, (False, True), (False, True))
+        if file == "forward" or x in FLOATS
+    ]
+
+
+_lock = threading.Lock()
+_kernels: dict[tuple[int, Specialisation, str], Any] = {}
+
+
+def kernel(specialisation: Specialisation, name: str, shared_bytes: int) -> Any:
+    """The kernel for the current device, allowed to use `shared_bytes` of dynamic shared memory."""
+    import cupy
+
+    device = cupy.cuda.runtime.getDevice()
+    key = (device, specialisation, name)
+    function = _kernels.get(key)
+    if function is None:
+        with _lock:
+            module = cupy.RawModule(code=source(specialisation.file), options=options(specialisation))
+            function = module.get_function(name)
+            _kernels[key] = function
+    if shared_bytes > 48 << 10 and function.max_dynamic_shared_size_bytes < shared_bytes:
+        function.max_dynamic_shared_size_bytes = device_properties(device).shared_per_block
+    return function
+
+
+@lru_cache(maxsize=64)
+def device_properties(device: int) -> Device:
+    """What config.py asks about a device."""
+    import cupy
+
+    return Device(shared_per_block=int(cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]))

@@ -1,0 +1,336 @@
+"""Launch choices: from the shape of a call and the device's properties to boxes, threads and bytes. Pure arithmetic.
+
+A *box* is what one block of threads works on; ``kernels/box.cuh`` says how. How a sum is split depends on the sizes of a
+sample, the dtype and the memory order alone, never on N, an address or the number of multiprocessors: the same bits for
+a sample whatever the batch around it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+__all__ = ["ITEMSIZE", "Box", "Device", "Problem", "Sums", "channel_sums", "resident_box", "split_box"]
+
+ITEMSIZE = {
+    **{"int8": 1, "uint8": 1, "int16": 2, "uint16": 2},
+    **{"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8},
+}
+
+SECTOR = 32
+"""Bytes that the memory system moves at least."""
+
+FEW_ROWS_BYTES = 640
+"""Rows of a box this long waste at most 2 of 22 sectors however they are aligned: an efficiency above 0.9."""
+
+ALIGNED_ROW_BYTES = 128
+"""Wanted length of rows that begin and end at sectors: a whole cache line, so that neighbours do not fetch it twice."""
+
+SMALL_BOX_BYTES = 24 << 10
+"""Small groups share a block up to this much shared memory: enough loads in flight, and 9 blocks on a multiprocessor."""
+
+SPLIT_BOX_BYTES = 32 << 10
+"""Boxes of a split group: 7 blocks fit in the 227 KB of a multiprocessor, so loads of one hide sums of another, and what
+a box writes for the merge (32 bytes a group) stays below 1 % of what it reads, as narrow as it may be."""
+
+MOST_THREADS = 512
+"""As in the kernels' launch bounds: 128 registers a thread, enough for the float64 paths without spills."""
+
+SCRATCH_DOUBLES = 64
+RESERVED_SHARED = 1 << 10
+"""What the driver keeps of a block's shared memory."""
+
+FEW_OF_CHANNEL = 16
+"""Elements of a channel in a box below which the backward takes its sums about the group's mean, not the box's."""
+
+PARTIAL_SHARE = 8
+"""Workspace for dweight and dbias at most a share of x of 1 to this, beyond the first MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What the choices need to know of a GPU."""
+
+    shared_per_block: int
+    """Bytes of shared memory that a block may opt in to: 227 KB on sm_90 and sm_100, 64 KB on sm_75, 99 KB on sm_86."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Arrays (N, outer, C, inner) with groups of D channels; D = 1 for labelled groups, whose channels are merged later."""
+
+    N: int
+    outer: int
+    C: int
+    inner: int
+    D: int
+    itemsize: int
+    """Bytes of an element of x."""
+    real: int
+    """Bytes of the arithmetic of an element."""
+    arrays: int
+    """Arrays of a box that are held in shared memory: x, or x and dy."""
+    masked: bool
+    contiguous_rows: bool
+    """Whether consecutive rows of all arrays follow each other in memory (so == C * inner)."""
+    contiguous_samples: bool
+    """Whether consecutive samples do, too (sn == outer * C * inner)."""
+    aligned_rows: bool
+    """Whether rows and samples of all arrays are whole sectors apart."""
+
+    @property
+    def G(self) -> int:
+        """Groups of a sample."""
+        return self.C // self.D
+
+    @property
+    def elements_per_group(self) -> int:
+        """M = D * S."""
+        return self.outer * self.D * self.inner
+
+    @property
+    def vector(self) -> int:
+        """Elements of a 16-byte vector."""
+        return 16 // self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """What a block works on, and with how many threads. See `kernels/box.cuh`."""
+
+    samples: int
+    rows: int
+    channels: int
+    columns: int
+    sample_tiles: int
+    row_tiles: int
+    channel_tiles: int
+    column_tiles: int
+    pitch: int
+    """Elements from row to row in shared memory: an odd number of vectors, so that 8 rows are in different banks."""
+    flat: bool
+    groups: int
+    """Groups of a sample in the box; 1 where it is a part of one."""
+    parts: int
+    """Boxes that hold a group of a sample."""
+    threads: int
+    group_team: int
+    """Threads that sum up a group."""
+    channel_team: int
+    """Threads that sum up a channel."""
+
+    @property
+    def tiles(self) -> int:
+        """Boxes of the whole array."""
+        return self.sample_tiles * self.row_tiles * self.channel_tiles * self.column_tiles
+
+    @property
+    def units(self) -> int:
+        """Groups in the box, of all its samples."""
+        return self.samples * self.groups
+
+    @property
+    def spatial_parts(self) -> int:
+        """Boxes that hold a channel of a sample."""
+        return self.row_tiles * self.column_tiles
+
+    @property
+    def elements(self) -> int:
+        """Elements of a full box."""
+        return self.samples * self.rows * self.channels * self.columns
+
+    def array_bytes(self, itemsize: int) -> int:
+        """Shared memory of the box of one array: as `box_bytes` in the kernels."""
+        vector = 16 // itemsize
+        if self.flat:
+            return (self.elements + 2 * vector - 2) // vector * 16
+        return self.samples * self.rows * self.pitch * itemsize
+
+    def mask_bytes(self, masked: bool) -> int:
+        """Shared memory of the mask."""
+        return _round_up(self.elements, 16) if masked else 0
+
+    def statistics_bytes(self, values: int) -> int:
+        """`values` doubles for each group in the box."""
+        return (values * self.units + 1) // 2 * 16
+
+    def tables_bytes(self, real: int) -> int:
+        """Tables of the groups (three values) and of the channels (two), `real` bytes each."""
+        return (self.units + 1) // 2 * 2 * 3 * real + (self.channels + 1) // 2 * 2 * 2 * real
+
+
+@lru_cache(maxsize=1024)
+def resident_box(problem: Problem, device: Device) -> Box | None:
+    """Box of whole groups that fits in a block's shared memory, or None: then a group is split."""
+    p = problem
+    limit = device.shared_per_block - RESERVED_SHARED
+    bytes_of = backward_bytes if p.arrays == 2 else forward_bytes
+    least = 1 if p.outer == 1 else _groups_for_whole_sectors(p)
+    box = _box(p, 1, p.outer, least * p.D, p.inner)
+    if bytes_of(box, p) > limit:
+        return None
+    while True:
+        samples, groups = (1, min(p.G, 2 * box.groups)) if box.groups < p.G else (2 * box.samples, p.G)
+        larger = _box(p, samples, p.outer, groups * p.D, p.inner)
+        if bytes_of(larger, p) > min(limit, SMALL_BOX_BYTES):
+            break
+        box = larger
+    return box
+
+
+@lru_cache(maxsize=1024)
+def split_box(problem: Problem, device: Device) -> Box:
+    """Box of a part of a group, or of parts of neighbouring groups."""
+    p = problem
+    elements = max(p.vector, SPLIT_BOX_BYTES // (p.arrays * p.itemsize))
+    if p.inner >= elements:  # a stretch of one channel
+        columns = _round_up(_even(p.inner, elements), 64)
+        return _box(p, 1, 1, 1, min(columns, p.inner))
+    if p.outer == 1:  # some channels of one group
+        return _box(p, 1, 1, min(p.D, _even(p.D, max(1, elements // p.inner))), p.inner)
+    channels = _channels_for_whole_sectors(p) if p.D > 1 else p.D
+    if channels >= p.D:
+        channels = p.D * _groups_for_whole_sectors(p)
+    rows = max(1, elements // (channels * p.inner))
+    return _box(p, 1, _even(p.outer, rows), channels, p.inner)
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """How the sums over the samples, dweight and dbias, are split; it may depend on N."""
+
+    repeat: int
+    """Sample tiles that a block of the backward goes through, one after the other."""
+    rows: int
+    """Rows of partial sums, each of C channels."""
+
+
+def channel_sums(problem: Problem, box: Box) -> Sums:
+    """Few enough rows of partial sums for the memory that they take, many enough to fill the device.
+
+    A row of two sums is wanted for each sample tile; blocks take several tiles where that would come near the size of x,
+    or where there are more than 4096 blocks anyway.
+    """
+    p = problem
+    row_bytes = 2 * p.C * p.real
+    x_bytes = p.N * p.C * p.outer * p.inner * p.itemsize
+    most_rows = max(1, max(x_bytes // PARTIAL_SHARE, min(1 << 20, x_bytes // 2)) // row_bytes)
+    repeat = max(1, -(-box.sample_tiles // most_rows), box.tiles // 4096)
+    repeat = min(repeat, box.sample_tiles)
+    return Sums(repeat, -(-box.sample_tiles // repeat))
+
+
+def _box(p: Problem, samples: int, rows: int, channels: int, columns: int) -> Box:
+    channels = min(channels, p.C)
+    width = channels * columns
+    full_rows = width == p.C * p.inner
+    flat = (samples == 1 and rows == 1) or (
+        full_rows and p.contiguous_rows and (samples == 1 or (rows == p.outer and p.contiguous_samples))
+    )
+    pitch = _round_up(width + p.vector - 1, p.vector)
+    if pitch // p.vector % 2 == 0:
+        pitch += p.vector
+    parts_of_channels = -(-p.D // channels)
+    row_tiles, column_tiles = -(-p.outer // rows), -(-p.inner // columns)
+    groups = max(1, channels // p.D)
+    elements = samples * rows * width
+    threads = min(MOST_THREADS, max(32, _power_of_two(elements // p.vector // 4)))
+    units = samples * groups
+    group_chunks = max(1, rows * width // groups // p.vector)
+    channel_chunks = max(1, rows * columns // (p.vector if columns % p.vector == 0 else 1))
+    return Box(
+        samples=samples,
+        rows=rows,
+        channels=channels,
+        columns=columns,
+        sample_tiles=-(-p.N // samples),
+        row_tiles=row_tiles,
+        channel_tiles=-(-p.C // channels) if channels >= p.D else p.G * parts_of_channels,
+        column_tiles=column_tiles,
+        pitch=pitch,
+        flat=flat,
+        groups=groups,
+        parts=row_tiles * column_tiles * parts_of_channels,
+        threads=threads,
+        group_team=_team(threads, units, group_chunks),
+        channel_team=_team(threads, samples * channels, channel_chunks),
+    )
+
+
+def forward_bytes(box: Box, p: Problem) -> int:
+    """Dynamic shared memory of `forward`."""
+    return apply_bytes(box, p) + moments_bytes(box, p)
+
+
+def backward_bytes(box: Box, p: Problem) -> int:
+    """Dynamic shared memory of `backward` and `backward_sums`: as `Work` in the kernels."""
+    return backward_apply_bytes(box, p) + 2 * box.array_bytes(p.itemsize)
+
+
+def backward_apply_bytes(box: Box, p: Problem) -> int:
+    """Dynamic shared memory of `backward_apply`."""
+    doubles = SCRATCH_DOUBLES + 6 * box.units + 2 * (box.samples + 1) * box.channels
+    coefficients = 2 * p.real * box.units
+    return _round_up(8 * doubles + box.tables_bytes(p.real) + coefficients, 16) + box.mask_bytes(p.masked)
+
+
+def moments_bytes(box: Box, p: Problem) -> int:
+    """Dynamic shared memory of `moments`."""
+    return 8 * SCRATCH_DOUBLES + box.array_bytes(p.itemsize) + box.mask_bytes(p.masked)
+
+
+def apply_bytes(box: Box, p: Problem) -> int:
+    """Dynamic shared memory of `apply_statistics`."""
+    return _round_up(box.statistics_bytes(3) + box.tables_bytes(p.real), 16)
+
+
+def _groups_for_whole_sectors(p: Problem) -> int:
+    """Neighbouring groups that make rows of a box out of whole sectors, or so long that the ends do not count."""
+    run = p.D * p.inner * p.itemsize
+    if p.aligned_rows:
+        for groups in range(-(-ALIGNED_ROW_BYTES // run), 2 * SECTOR + -(-ALIGNED_ROW_BYTES // run)):
+            if groups * run % SECTOR == 0:
+                return min(p.G, groups)
+    return min(p.G, -(-FEW_ROWS_BYTES // run))
+
+
+def _channels_for_whole_sectors(p: Problem) -> int:
+    """As `_groups_for_whole_sectors`, channels of one group; D where it takes all of them."""
+    row = p.inner * p.itemsize
+    if p.aligned_rows and p.D * row % SECTOR == 0:
+        for channels in range(-(-ALIGNED_ROW_BYTES // row), p.D):
+            if channels * row % SECTOR == 0:
+                return channels
+    return min(p.D, -(-FEW_ROWS_BYTES // row))
+
+
+def _team(threads: int, units: int, chunks: int) -> int:
+    """Threads for each of `units` units of `chunks` loads: a power of two."""
+    team = max(1, threads // units)
+    return min(1 << (team.bit_length() - 1), _power_of_two(chunks))
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two >= n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _even(total: int, most: int) -> int:
+    """Size of equal parts of at most `most` (the last one may be smaller)."""
+    return -(-total // -(-total // max(1, most)))
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def merge_threads(parts: int) -> tuple[int, int]:
+    """Threads of a block that merges groups of `parts` parts, and of the team that merges one."""
+    team = min(MOST_THREADS // 2, _power_of_two(max(1, parts)))
+    return max(128, team), team
+
+
+def merge_channel_threads(channels: int, parts: int) -> tuple[int, int]:
+    """Threads of a block that merges the `parts` parts of some channels, and of the team that merges one channel."""
+    team = min(32, _power_of_two(max(1, parts // 4)))
+    return min(256, max(32, _power_of_two(team * channels))), team

@@ -1,0 +1,203 @@
+// Element types as plain storage, conversions that are right under -ftz=true, and packs of elements.
+//
+// CuPy compiles with -ftz=true: float32 arithmetic flushes subnormals. bfloat16 is converted by integer operations, and
+// float16 by the hardware's cvt (which has no flushing for 16-bit operands) or, where PTX cannot run (a CPU build), by
+// integer operations that give the same bits. 16-bit values travel as unsigned short: no CUDA header is needed.
+//
+// Options: X_DTYPE (x and dy), Y_DTYPE (y and dx), each one of the names below.
+#define FLOAT16 0
+#define BFLOAT16 1
+#define FLOAT32 2
+#define FLOAT64 3
+#define INT8 4
+#define UINT8 5
+#define INT16 6
+#define UINT16 7
+
+template <int DTYPE> struct Storage { typedef unsigned short type; };
+template <> struct Storage<FLOAT32> { typedef float type; };
+template <> struct Storage<FLOAT64> { typedef double type; };
+template <> struct Storage<INT8> { typedef signed char type; };
+template <> struct Storage<UINT8> { typedef unsigned char type; };
+template <> struct Storage<INT16> { typedef short type; };
+
+typedef Storage<X_DTYPE>::type x_t;
+typedef Storage<Y_DTYPE>::type y_t;
+
+// Arithmetic of the elements: float32 unless float64 arrays are at hand (float64 runs at 1/64 of the speed on many GPUs).
+#if X_DTYPE == FLOAT64 || Y_DTYPE == FLOAT64
+typedef double real;
+#define REAL_IS_DOUBLE 1
+#else
+typedef float real;
+#define REAL_IS_DOUBLE 0
+#endif
+
+// Elements of a 16-byte vector of x, and of y.
+constexpr int VX = 16 / sizeof(x_t);
+constexpr int VY = 16 / sizeof(y_t);
+
+template <class To, class From> __device__ __forceinline__ To bits_of(From value) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  union {
+    From from;
+    To to;
+  } both;
+  both.from = value;
+  return both.to;
+}
+
+// ---- to float32 and float64, exactly
+
+__device__ __forceinline__ float half_to_float(unsigned short h) {
+#ifdef __CUGN_SIMT__
+  const unsigned sign = (h & 0x8000u) << 16, magnitude = h & 0x7fffu;
+  if (magnitude >= 0x7c00u) return bits_of<float>(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+  if (magnitude >= 0x0400u) return bits_of<float>(sign | ((magnitude << 13) + (112u << 23)));
+  const float tiny = (float)(int)magnitude * 5.9604644775390625e-8f;  // 2^-24
+  return bits_of<float>(sign | bits_of<unsigned>(tiny));
+#else
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+  return f;
+#endif
+}
+
+__device__ __forceinline__ float bfloat_to_float(unsigned short b) { return bits_of<float>((unsigned)b << 16); }
+
+template <int DTYPE, class T> __device__ __forceinline__ float to_float(T v) {
+  if constexpr (DTYPE == FLOAT16) return half_to_float(v);
+  else if constexpr (DTYPE == BFLOAT16) return bfloat_to_float(v);
+  else return (float)v;
+}
+
+// float32 to float64 by integers where the value is subnormal: a plain conversion would flush it.
+__device__ __forceinline__ double widen(float f) {
+  const unsigned u = bits_of<unsigned>(f), magnitude = u & 0x7fffffffu;
+  if (magnitude >= 0x00800000u) return (double)f;
+  const double tiny = (double)(int)magnitude * 1.401298464324817e-45;  // 2^-149
+  return (u >> 31) ? -tiny : tiny;
+}
+
+template <int DTYPE, class T> __device__ __forceinline__ double to_double(T v) {
+  if constexpr (DTYPE == FLOAT64) return v;
+  else return widen(to_float<DTYPE>(v));
+}
+
+template <int DTYPE, class T> __device__ __forceinline__ real to_real(T v) {
+  if constexpr (REAL_IS_DOUBLE) return (real)to_double<DTYPE>(v);
+  else return (real)to_float<DTYPE>(v);
+}
+
+// ---- from float32 and float64, to nearest even
+
+__device__ __forceinline__ unsigned short float_to_half(float f) {
+#ifdef __CUGN_SIMT__
+  const unsigned u = bits_of<unsigned>(f), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return 0x7fffu;
+  if (magnitude >= 0x477ff000u) return (unsigned short)(sign | 0x7c00u);  // 65520 and above
+  if (magnitude >= 0x38800000u) {                                        // 2^-14 and above: a normal float16
+    const unsigned even = (magnitude >> 13) & 1u;
+    return (unsigned short)(sign | ((magnitude - (112u << 23) + 0xfffu + even) >> 13));
+  }
+  if (magnitude < 0x33000000u) return (unsigned short)sign;  // below 2^-25
+  const unsigned shift = 126u - (magnitude >> 23), mantissa = (magnitude & 0x7fffffu) | 0x800000u;
+  const unsigned kept = mantissa >> shift, rest = mantissa & ((1u << shift) - 1u), half = 1u << (shift - 1u);
+  return (unsigned short)(sign | (kept + (rest > half || (rest == half && (kept & 1u)))));
+#else
+  unsigned short h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+#endif
+}
+
+__device__ __forceinline__ unsigned short float_to_bfloat(float f) {
+  const unsigned u = bits_of<unsigned>(f);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return 0x7fc0u;
+  return (unsigned short)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+
+// float64 to float32; a subnormal result by hand, since the conversion would flush it.
+__device__ __forceinline__ float narrow(double d) {
+  const double magnitude = fabs(d);
+  if (!(magnitude < 1.1754943508222875e-38)) return (float)d;  // 2^-126; NaN goes this way too
+  // Adding 2^-97, whose unit in the last place is 2^-149, rounds to a multiple of it and leaves it in the low bits.
+  const unsigned long long u = bits_of<unsigned long long>(magnitude + 6.310887241768095e-30);
+  return bits_of<float>((unsigned)(u & 0xffffffu) | (bits_of<unsigned long long>(d) >> 63 ? 0x80000000u : 0u));
+}
+
+template <int DTYPE> __device__ __forceinline__ typename Storage<DTYPE>::type from_float(float f) {
+  if constexpr (DTYPE == FLOAT16) return float_to_half(f);
+  else if constexpr (DTYPE == BFLOAT16) return float_to_bfloat(f);
+  else return f;
+}
+
+template <int DTYPE> __device__ __forceinline__ typename Storage<DTYPE>::type from_double(double d) {
+  if constexpr (DTYPE == FLOAT64) return d;
+  else return from_float<DTYPE>(narrow(d));
+}
+
+template <int DTYPE> __device__ __forceinline__ typename Storage<DTYPE>::type from_real(real v) {
+  if constexpr (REAL_IS_DOUBLE) return from_double<DTYPE>(v);
+  else return from_float<DTYPE>(v);
+}
+
+// ---- arrays whose dtype is known at run time only: weight, bias, their gradients, the caller's statistics
+
+__device__ __forceinline__ double load_any(const void* p, int dtype, long long i) {
+  switch (dtype) {
+    case FLOAT16: return half_to_float(((const unsigned short*)p)[i]);
+    case BFLOAT16: return widen(bfloat_to_float(((const unsigned short*)p)[i]));
+    case FLOAT32: return widen(((const float*)p)[i]);
+    default: return ((const double*)p)[i];
+  }
+}
+
+__device__ __forceinline__ void store_any(void* p, int dtype, long long i, double value) {
+  switch (dtype) {
+    case FLOAT16: ((unsigned short*)p)[i] = from_double<FLOAT16>(value); break;
+    case BFLOAT16: ((unsigned short*)p)[i] = from_double<BFLOAT16>(value); break;
+    case FLOAT32: ((float*)p)[i] = narrow(value); break;
+    default: ((double*)p)[i] = value;
+  }
+}
+
+// A value for each channel, or a constant where the caller gave none (the pointer is then not read).
+__device__ __forceinline__ double parameter(const void* p, int dtype, int c, double otherwise) {
+  return dtype < 0 ? otherwise : load_any(p, dtype, c);
+}
+
+// ---- packs: V elements that move as one access of V * sizeof(T) bytes
+
+template <int BYTES> struct Word;
+template <> struct Word<1> { typedef unsigned char type; };
+template <> struct Word<2> { typedef unsigned short type; };
+template <> struct Word<4> { typedef unsigned type; };
+template <> struct Word<8> { typedef uint2 type; };
+template <> struct Word<16> { typedef uint4 type; };
+
+template <class T, int V> union Pack {
+  typename Word<sizeof(T) * V>::type word;
+  T element[V];
+};
+
+// V elements at p; one access where p is aligned for it.
+template <class T, int V> __device__ __forceinline__ Pack<T, V> load_pack(const T* p, bool aligned) {
+  Pack<T, V> pack;
+  if (aligned) {
+    pack.word = *reinterpret_cast<const typename Word<sizeof(T) * V>::type*>(p);
+  } else {
+#pragma unroll
+    for (int k = 0; k < V; ++k) pack.element[k] = p[k];
+  }
+  return pack;
+}
+
+template <class T, int V> __device__ __forceinline__ void store_pack(T* p, const Pack<T, V>& pack, bool aligned) {
+  if (aligned) {
+    *reinterpret_cast<typename Word<sizeof(T) * V>::type*>(p) = pack.word;
+  } else {
+#pragma unroll
+    for (int k = 0; k < V; ++k) p[k] = pack.element[k];
+  }
+}

@@ -1,0 +1,144 @@
+"""Arrays of any strides: copies by a kernel of our own, and the views that make them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..layout import Layout
+from ..plan import Plan
+from .compile import Specialisation, kernel
+
+__all__ = ["DTYPES", "contiguous", "copy", "dense_strides", "dtype_of", "float64", "mask_arguments", "name_of"]
+
+Array = Any
+
+DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
+"""As in kernels/types.cuh."""
+
+MOST_AXES = 6
+THREADS = 256
+
+
+def name_of(dtype: Any) -> str:
+    """Name of a dtype of CuPy's, ml_dtypes' included."""
+    return str(np.dtype(dtype).name)
+
+
+def dtype_of(name: str) -> Any:
+    """NumPy dtype of a name, bfloat16 included."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def copy(source: Array, target: Array) -> None:
+    """target[...] = source, of equal shape; source may be of any float dtype where target is float64."""
+    axes = [
+        (n, s // source.itemsize, t // target.itemsize)
+        for n, s, t in zip(source.shape, source.strides, target.strides, strict=True)
+        if n != 1
+    ]
+    axes.sort(key=lambda axis: -abs(axis[2]))
+    merged: list[tuple[int, int, int]] = []
+    for n, s, t in axes:
+        if merged and merged[-1][1:] == (s * n, t * n):
+            merged[-1] = (merged[-1][0] * n, s, t)
+        else:
+            merged.append((n, s, t))
+    if source.size == 0:
+        return
+    if len(merged) > MOST_AXES:
+        longest = max(range(source.ndim), key=lambda axis: source.shape[axis])
+        for i in range(source.shape[longest]):
+            at = (slice(None),) * longest + (slice(i, i + 1),)
+            copy(source[at], target[at])
+        return
+    merged = [(1, 0, 0)] * (MOST_AXES - len(merged)) + merged
+    sizes, froms, tos = zip(*merged, strict=True)
+    values = tuple(np.int64(v) for v in (source.size, *sizes[1:], *froms, *tos))
+    name, how = "copy_elements", np.int32(source.itemsize)
+    if source.dtype != target.dtype:
+        name, how = "copy_to_float64", np.int32(DTYPES[name_of(source.dtype)])
+    function = kernel(Specialisation("copy", "float32", "float32"), name, 0)
+    function((-(-source.size // THREADS),), (THREADS,), (source, target, how, *values))
+
+
+def contiguous(array: Array) -> Array:
+    """The array itself if it is C-contiguous, or a copy."""
+    import cupy
+
+    if array.flags.c_contiguous:
+        return array
+    result = cupy.empty(array.shape, array.dtype)
+    copy(array, result)
+    return result
+
+
+def float64(array: Array) -> Array:
+    """C-contiguous float64: the array itself if it is, or a copy."""
+    import cupy
+
+    if array.dtype == np.float64:
+        return contiguous(array)
+    result = cupy.empty(array.shape, np.float64)
+    copy(array, result)
+    return result
+
+
+def dense_strides(array: Array, layout: Layout) -> tuple[int, int]:
+    """(sn, so) in elements of an array that is dense in this layout."""
+    strides = [s // array.itemsize for s in array.strides]
+    batch, outer, _, _ = _parts(layout, array.ndim, array.shape)
+    sn = _merged(array.shape, strides, batch)
+    so = _merged(array.shape, strides, outer)
+    assert sn is not None
+    assert so is not None
+    return sn, so
+
+
+def mask_arguments(where: Array, plan: Plan) -> tuple[Any, ...]:
+    """The mask and its strides along samples, outer, channels and inner; a mask of no such strides is copied."""
+    import cupy
+
+    layout = plan.layout
+    assert layout is not None
+    where = cupy.broadcast_to(where, plan.shape)
+    strides = [_merged(plan.shape, where.strides, part) for part in _parts(layout, len(plan.shape), plan.shape)]
+    if None in strides:  # one byte an element of x
+        dense = cupy.empty([plan.shape[axis] for axis in layout.axes], np.bool_)
+        copy(where.transpose(layout.axes), dense)
+        sample = math.prod((layout.outer, layout.C, layout.inner))
+        where, strides = dense, [sample, layout.C * layout.inner, layout.inner, 1]
+    return (where, *(np.int64(s) for s in strides if s is not None))
+
+
+def _parts(layout: Layout, ndim: int, shape: Sequence[int]) -> tuple[Sequence[int], ...]:
+    """Axes of x that make up N, outer, C and inner."""
+    axes = layout.axes
+    for batch in range(ndim):
+        for channel in range(batch, ndim):
+            sizes = (axes[:batch], axes[batch:channel], axes[channel : channel + 1], axes[channel + 1 :])
+            if tuple(math.prod(shape[a] for a in part) for part in sizes) == (layout.N, layout.outer, layout.C, layout.inner):
+                return sizes
+    raise AssertionError(f"no split of {axes} gives {layout}")
+
+
+def _merged(shape: Sequence[int], strides: Sequence[int], axes: Sequence[int]) -> int | None:
+    """Stride of `axes` run through as one, 0 where they hold one element, None where there is no such stride."""
+    stride, extent = 0, 1
+    for axis in reversed(axes):
+        if shape[axis] == 1:
+            continue
+        if extent == 1:
+            stride, extent = strides[axis], shape[axis]
+        elif strides[axis] == stride * extent:
+            extent *= shape[axis]
+        else:
+            return None
+    return stride
