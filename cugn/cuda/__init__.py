@@ -23,7 +23,12 @@ Array = Any
 
 def serves(plan: Plan, operation: str) -> bool:
     """What the kernels do; the reference does the rest."""
-    return operation in ("forward", "backward", "moments", "normalize") and plan.labels is None and plan.layout is not None and plan.layout.kind == "dense"
+    return (
+        operation in ("forward", "backward", "moments", "normalize")
+        and plan.labels is None
+        and plan.layout is not None
+        and plan.layout.kind == "dense"
+    )
 
 
 def forward(plan: Plan, x: Array, weight: Array, bias: Array, where: Array, out: Array) -> tuple[Array, Array, Array]:
@@ -84,7 +89,12 @@ def normalize(plan: Plan, x: Array, mean: Array, rstd: Array, weight: Array, bia
     with x.device:
         call = _Call.of(plan, {"x": x}, out, None)
         call.apply(
-            config.split_box(call.problem, call.device), call.statistics(mean), None, call.statistics(rstd), weight, bias
+            config.split_box(call.problem, call.device),
+            call.statistics(mean),
+            None,
+            call.statistics(rstd),
+            weight,
+            bias,
         )
         return call.out
 
@@ -166,7 +176,7 @@ class _Call:
         """Whether every aligned 16-byte vector of y lies in one channel."""
         y, sn, so = self.arrays["y"] if "y" in self.arrays else self.arrays["x"]
         vector = 16 // y.itemsize
-        return self.problem.inner % vector == sn % vector == so % vector == 0 == y.data.ptr % 16
+        return bool(self.problem.inner % vector == sn % vector == so % vector == 0 == y.data.ptr % 16)
 
     def box_arguments(self, box: Box) -> tuple[Any, ...]:
         """BOX_PARAMETERS of kernels/box.cuh."""
@@ -223,7 +233,11 @@ class _Call:
                 box,
                 (*_ints(sums.repeat, box.group_team, box.channel_team), *arrays, *parameters, *tangents),
                 (
-                    *(np.float64(plan.eps), partial.view(np.float64) if given is None else given, np.int32(given is not None)),
+                    *(
+                        np.float64(plan.eps),
+                        partial.view(np.float64) if given is None else given,
+                        np.int32(given is not None),
+                    ),
                     *(*self.array("y"), partial, *self.where),
                 ),
                 config.backward_bytes(box, p),
@@ -349,4 +363,3 @@ class _Call:
 
 def _ints(*values: int) -> tuple[np.int32, ...]:
     return tuple(np.int32(value) for value in values)
-

@@ -1,4 +1,4 @@
-"""Kernel text to functions: one module for each set of options, built by NVRTC on first use and kept for each device."""
+"""Kernel text to functions: one module for each set of options, built by NVRTC on first use, kept for each device."""
 
 from __future__ import annotations
 
@@ -49,10 +49,8 @@ class Specialisation(NamedTuple):
 @lru_cache(maxsize=8)
 def source(file: str) -> str:
     """Text of one module: the headers, then the file, with the lines of each under its own name."""
-    parts = []
-    for name in (*HEADERS, f"{file}.cu"):
-        parts.append(f'#line 1 "{name}"\n{(FOLDER / name).read_text(encoding="utf-8")}')
-    return "\n".join(parts)
+    names = (*HEADERS, f"{file}.cu")
+    return "\n".join(f'#line 1 "{name}"\n{(FOLDER / name).read_text(encoding="utf-8")}' for name in names)
 
 
 def options(specialisation: Specialisation) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """Launch choices: from the shape of a call and the device's properties to boxes, threads and bytes. Pure arithmetic.
 
-A *box* is what one block of threads works on; ``kernels/box.cuh`` says how. How a sum is split depends on the sizes of a
-sample, the dtype and the memory order alone, never on N, an address or the number of multiprocessors: the same bits for
-a sample whatever the batch around it.
+A *box* is what one block of threads works on; ``kernels/box.cuh`` says how. How a sum is split depends on the sizes of
+a sample, the dtype and the memory order alone, never on N, an address or the number of multiprocessors: the same bits
+for a sample whatever the batch around it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,14 @@ from functools import lru_cache
 __all__ = ["ITEMSIZE", "Box", "Device", "Problem", "Sums", "channel_sums", "resident_box", "split_box"]
 
 ITEMSIZE = {
-    **{"int8": 1, "uint8": 1, "int16": 2, "uint16": 2},
-    **{"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8},
+    "int8": 1,
+    "uint8": 1,
+    "int16": 2,
+    "uint16": 2,
+    "float16": 2,
+    "bfloat16": 2,
+    "float32": 4,
+    "float64": 8,
 }
 
 SECTOR = 32
@@ -27,11 +33,11 @@ ALIGNED_ROW_BYTES = 128
 """Wanted length of rows that begin and end at sectors: a whole cache line, so that neighbours do not fetch it twice."""
 
 SMALL_BOX_BYTES = 24 << 10
-"""Small groups share a block up to this much shared memory: enough loads in flight, and 9 blocks on a multiprocessor."""
+"""Small groups share a block up to this much shared memory: enough loads in flight, 9 blocks on a multiprocessor."""
 
 SPLIT_BOX_BYTES = 32 << 10
-"""Boxes of a split group: 7 blocks fit in the 227 KB of a multiprocessor, so loads of one hide sums of another, and what
-a box writes for the merge (32 bytes a group) stays below 1 % of what it reads, as narrow as it may be."""
+"""Boxes of a split group: 7 blocks fit in the 227 KB of a multiprocessor, so loads of one hide sums of another, and
+what a box writes for the merge (32 bytes a group) stays below 1 % of what it reads, as narrow as it may be."""
 
 MOST_THREADS = 512
 """As in the kernels' launch bounds: 128 registers a thread, enough for the float64 paths without spills."""
@@ -57,7 +63,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Arrays (N, outer, C, inner) with groups of D channels; D = 1 for labelled groups, whose channels are merged later."""
+    """Arrays (N, outer, C, inner) with groups of D channels; D = 1 for labelled groups, merged from their channels."""
 
     N: int
     outer: int
@@ -208,8 +214,8 @@ class Sums:
 def channel_sums(problem: Problem, box: Box) -> Sums:
     """Few enough rows of partial sums for the memory that they take, many enough to fill the device.
 
-    A row of two sums is wanted for each sample tile; blocks take several tiles where that would come near the size of x,
-    or where there are more than 4096 blocks anyway.
+    A row of two sums is wanted for each sample tile; blocks take several tiles where that would come near the size of
+    x, or where there are more than 4096 blocks anyway.
     """
     p = problem
     row_bytes = 2 * p.C * p.real

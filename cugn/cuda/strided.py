@@ -123,9 +123,10 @@ def _parts(layout: Layout, ndim: int, shape: Sequence[int]) -> tuple[Sequence[in
     axes = layout.axes
     for batch in range(ndim):
         for channel in range(batch, ndim):
-            sizes = (axes[:batch], axes[batch:channel], axes[channel : channel + 1], axes[channel + 1 :])
-            if tuple(math.prod(shape[a] for a in part) for part in sizes) == (layout.N, layout.outer, layout.C, layout.inner):
-                return sizes
+            parts = (axes[:batch], axes[batch:channel], axes[channel : channel + 1], axes[channel + 1 :])
+            sizes = tuple(math.prod(shape[axis] for axis in part) for part in parts)
+            if sizes == (layout.N, layout.outer, layout.C, layout.inner):
+                return parts
     raise AssertionError(f"no split of {axes} gives {layout}")
 
 
