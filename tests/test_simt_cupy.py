@@ -37,13 +37,12 @@ def test_a_wrapper_runs_unmodified():
     y = add_one(host_cupy.to_device(x))
     assert type(y) is cupy.ndarray
     np.testing.assert_array_equal(host_cupy.to_host(y), x + 1)
-    np.testing.assert_array_equal(y.get(), x + 1)
 
 
 def test_raw_kernel():
     x, y = host_cupy.to_device(np.zeros(3, np.float32)), cupy.empty(3, np.float32)
     cupy.RawKernel(ADD_ONE, "add_one")((1,), (32,), (x, y, np.int32(3)))
-    assert y.get().tolist() == [1, 1, 1]
+    assert host_cupy.to_host(y).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -67,13 +66,13 @@ def test_strides_are_kept(view):
 def test_broadcast_arrays_take_no_memory():
     device = host_cupy.to_device(np.broadcast_to(np.float32(3), (1000, 1000)))
     assert device.strides == (0, 0)
-    assert device.get().sum() == 3e6
+    assert host_cupy.to_host(device).sum() == 3e6
 
 
 def test_views_share_memory():
     x = host_cupy.to_device(np.zeros((4, 5), np.float32))
     add_one(x[1], x[2])
-    assert x.get().tolist() == [[0] * 5, [0] * 5, [1] * 5, [0] * 5]
+    assert host_cupy.to_host(x).tolist() == [[0] * 5, [0] * 5, [1] * 5, [0] * 5]
     assert cupy.moveaxis(x, 0, 1).strides == (4, 20)
     assert x.reshape(20).data.ptr == x.data.ptr
 
@@ -106,7 +105,7 @@ def test_what_cupy_initialises(make):
             add_one(x)
     else:
         assert [launch.write.bytes for launch in launches] == [32]
-        assert add_one(x).get().tolist() == [{"zeros": 1, "zeros_like": 1, "full": 8, "ones": 2}[make]] * 8
+        assert host_cupy.to_host(add_one(x)).tolist() == [{"zeros": 1, "zeros_like": 1, "full": 8, "ones": 2}[make]] * 8
 
 
 def test_copies_are_recorded():
@@ -115,7 +114,7 @@ def test_copies_are_recorded():
         copies = [x.copy(), x.T.copy(), x.astype(np.float64), cupy.ascontiguousarray(x.T)]
         same = [x.astype(np.float32, copy=False), cupy.ascontiguousarray(x)]
     for copy, expected in zip(copies, (x, x.T, x, x.T), strict=True):
-        np.testing.assert_array_equal(copy.get(), expected.get())
+        np.testing.assert_array_equal(host_cupy.to_host(copy), host_cupy.to_host(expected))
     assert all(s is x for s in same)
     assert [(launch.read.bytes, launch.write.bytes) for launch in launches] == [(48, 48), (48, 48), (48, 96), (48, 48)]
     assert sizes == [48, 48, 96, 48]
@@ -136,9 +135,26 @@ def test_devices_and_streams():
         assert cupy.cuda.runtime.deviceGetAttribute(97, 0) == 227 << 10
         assert x.device.compute_capability == "75"
         assert cupy.cuda.get_current_stream().ptr == 0
-    for waits in (cupy.cuda.Device(0), cupy.cuda.get_current_stream()):
+    for waits in (cupy.cuda.Device(0).synchronize, cupy.cuda.get_current_stream().synchronize, cupy.zeros(3).get):
         with pytest.raises(AssertionError, match="waits"):
-            waits.synchronize()
+            waits()
+    with pytest.raises(AssertionError, match="waits"):
+        float(cupy.zeros(()))
+
+
+def test_arrays_beyond_memory():
+    # 2^33 bytes of address space, three pages of memory
+    stride = 2**33
+    x = host_cupy.sparse((2, 3), np.float32, (stride, 4))
+    host_cupy.to_host(x)[...] = [[1, 2, 3], [4, 5, 6]]
+    code = """
+    extern "C" __global__ void k(const float* x, float* y, long long stride) {
+      y[blockIdx.x * 3 + threadIdx.x] = x[blockIdx.x * stride + threadIdx.x];
+    }"""
+    y = cupy.empty((2, 3), np.float32)
+    with simt.using(mode="fast"):
+        cupy.RawModule(code=code).get_function("k")((2,), (3,), (x, y, np.int64(stride // 4)))
+    assert host_cupy.to_host(y).tolist() == [[1, 2, 3], [4, 5, 6]]
 
 
 def test_everything_is_put_back():

@@ -243,15 +243,15 @@ if cupy is not None:
             raise AssertionError("a memset that waits for the device")
 
 
-def _allocate(size: int) -> Any:
+def _allocate(size: int, *, sparse: bool = False) -> Any:
     for sizes in _allocated:
         sizes.append(size)
-    allocation = memory.Allocation(size)
+    allocation = memory.Allocation(size, sparse=sparse)
     return HostPointer(cupy_memory.UnownedMemory(allocation.low, size, allocation, _current[-1]), 0)
 
 
 def to_host(array: Any) -> np.ndarray:
-    """NumPy's view of a CuPy array in host memory (no copy: writing to it writes to the array)."""
+    """NumPy's view of a CuPy array in host memory: no copy, writing to it writes to the array."""
     owner = array.data.mem._owner
     return owner.host(array.data.ptr, array.shape, array.dtype, array.strides)
 
@@ -259,6 +259,8 @@ def to_host(array: Any) -> np.ndarray:
 def _written(array: Any) -> None:
     """Mark the elements of an array as initialised, not what lies between them."""
     allocation = array.data.mem._owner
+    if allocation.initialised is None:
+        return
     mark = np.ndarray(
         array.shape,
         np.dtype((np.void, array.dtype.itemsize)),
@@ -281,6 +283,12 @@ def to_device(array: Any, device: int = 0) -> Any:
     writable[...] = host
     _written(result)
     return result
+
+
+def sparse(shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...]) -> Any:
+    """A CuPy array of zeros with these strides (not negative), which takes memory only where it is touched."""
+    _, size = memory.extent(0, shape, strides, np.dtype(dtype).itemsize)
+    return cupy.ndarray(shape, dtype, _allocate(size, sparse=True), strides)
 
 
 # ---------------------------------------------------------------- what CuPy's arrays do with kernels of its own
@@ -332,7 +340,7 @@ def _ascontiguousarray(array: Any, dtype: Any = None) -> Any:
 
 
 def _get(self: Any, *_: Any, **__: Any) -> np.ndarray:
-    return to_host(self).copy(order="K")
+    raise AssertionError("the library reads the device's memory, and waits for it")
 
 
 @contextlib.contextmanager

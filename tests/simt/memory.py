@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import weakref
 from types import SimpleNamespace
 
@@ -9,6 +10,9 @@ import numpy as np
 
 #: Bytes on either side of an allocation. An access there is named in check mode, a store found afterwards in fast mode.
 GUARD = 4096
+
+#: Linux: do not ask whether all of a mapping would fit in memory. Python's mmap names it from 3.13 on.
+MAP_NORESERVE = 0x4000
 
 #: Alignment of CuPy's pool.
 ALIGNMENT = 512
@@ -18,24 +22,35 @@ FRESH = 0xFF
 
 
 class Allocation:
-    """`size` bytes at `low`; `initialised` has a 1 for each byte that the host or a kernel has written."""
+    """`size` bytes at `low`; `initialised` has a 1 for each byte that the host or a kernel has written.
 
-    def __init__(self, size: int) -> None:
+    A sparse allocation takes no memory before it is touched, so that an array can reach beyond 2^31 elements: it starts
+    as zeros, and what has been written is not kept (`initialised` is None).
+    """
+
+    def __init__(self, size: int, *, sparse: bool = False) -> None:
         self.size = size
-        self._raw = np.full(size + 2 * GUARD + ALIGNMENT, FRESH, np.uint8)
+        self.initialised: np.ndarray | None = None
+        if sparse:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+            self._raw = np.frombuffer(mmap.mmap(-1, size + 2 * GUARD + ALIGNMENT, flags), np.uint8)
+        else:
+            self._raw = np.full(size + 2 * GUARD + ALIGNMENT, FRESH, np.uint8)
+            self.initialised = np.zeros(size, np.uint8)
         self.low = -(-(self._raw.ctypes.data + GUARD) // ALIGNMENT) * ALIGNMENT
-        self.initialised = np.zeros(size, np.uint8)
         _allocations[self.low] = self
 
     def written(self, address: int, size: int) -> None:
         """The host (or a kernel that nobody watched) wrote here."""
-        self.initialised[address - self.low : address - self.low + size] = 1
+        if self.initialised is not None:
+            self.initialised[address - self.low : address - self.low + size] = 1
 
     def guards_intact(self) -> bool:
         """Whether nothing has been written before the first or behind the last byte."""
         start = self.low - self._raw.ctypes.data
         before, behind = self._raw[start - GUARD : start], self._raw[start + self.size : start + self.size + GUARD]
-        return bool((before == FRESH).all() and (behind == FRESH).all())
+        untouched = 0 if self.initialised is None else FRESH
+        return bool((before == untouched).all() and (behind == untouched).all())
 
     def host(self, address: int, shape: tuple[int, ...], dtype: np.dtype, strides: tuple[int, ...]) -> np.ndarray:
         """NumPy's view of an array that lies in this allocation."""

@@ -449,7 +449,7 @@ class Kernel:
             buffers, allocations, arguments.buffers, strict=False
         ):
             buffer.low, buffer.high, buffer.name, buffer.writable = low, high, name.encode(), writable
-            if allocation is not None and high > low:
+            if allocation is not None and allocation.initialised is not None and high > low:
                 buffer.initialised = allocation.initialised.ctypes.data + low - allocation.low
         traffic = (_BufferTraffic * max(count, 1))()
         keep, address = arguments.block()
