@@ -74,7 +74,7 @@ void Machine::run(Launch& launch) {
       traffic_.begin_block(warps_);
     }
     run_block();
-    for (int w = 0; w < warps_; w++) traffic_.flush(w);
+    if (launch.checked) for (int w = 0; w < warps_; w++) traffic_.flush(w);
     if (abandoned_) break;
   }
   launch.counters = traffic_.counters;
