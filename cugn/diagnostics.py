@@ -216,7 +216,7 @@ def diagnose(
     >>> rng = np.random.default_rng(0)
     >>> x = rng.uniform(-1, 1, (4, 2, 64, 64)) * np.array([100, 0.1]).reshape(2, 1, 1)
     >>> diagnose(x, 1).squashed[0]
-    Squashed(channel=1, std=0.00141..., by=(0,))
+    Squashed(channel=1, std=0.00142..., by=(0,))
     """
     if not threshold > 0:
         raise ValueError(f"threshold is {threshold}: it must be positive")

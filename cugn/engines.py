@@ -95,8 +95,9 @@ def _resolve(
         activation=activation,
     )
     engine = import_module(ENGINES.get(library, "cugn.reference"))
-    # Empty arrays go to the reference: no compiled loop has to think of them.
-    if (plan.size == 0 and library != "dask") or not engine.serves(plan, operation):
+    # Empty arrays and those in the other byte order go to the reference: no compiled loop has to think of them.
+    swapped = library == "numpy" and not all(spec[2].isnative for spec in (x, *(spec for _, spec in operands)))
+    if (plan.size == 0 and library != "dask") or swapped or not engine.serves(plan, operation):
         engine = import_module("cugn.reference")
     return engine, plan
 

@@ -26,6 +26,8 @@ def check_out(out: Any, replaceable: tuple[tuple[str, Any], ...], others: tuple[
         return
     if not target.flags.writeable:
         raise ValueError("out is read-only")
+    if target.size == 0:
+        return
     if any(stride == 0 and n > 1 for stride, n in zip(target.strides, target.shape, strict=True)):
         raise ValueError(f"out is a broadcast array (strides {target.strides}): its elements share memory")
     for name, array in replaceable + others:

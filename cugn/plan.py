@@ -148,7 +148,7 @@ class Plan:
             _check_operand(name, spec, x, C, y_dtype, stats_shape)
 
         order = np.arange(C) if labels is None else np.argsort(labels, kind="stable")
-        sizes = np.full(G, C // G) if labels is None else np.bincount(labels, minlength=G)
+        sizes = np.full(G, C // max(G, 1)) if labels is None else np.bincount(labels, minlength=G)
         bounds = np.concatenate([[0], np.cumsum(sizes)]).astype(np.intp)
         for array in (order, bounds) if labels is None else (order, bounds, labels):
             array.flags.writeable = False  # plans are cached and shared between threads

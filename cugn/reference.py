@@ -264,7 +264,7 @@ class _Groups:
         plan, xp = self.plan, self.xp
         if plan.labels is not None:
             return xp.take(values, self._indices(plan.labels), axis=1)
-        spread = xp.broadcast_to(values[:, :, None], (plan.N, plan.G, plan.C // plan.G))
+        spread = xp.broadcast_to(values[:, :, None], (plan.N, plan.G, plan.C // max(plan.G, 1)))
         return xp.reshape(spread, (plan.N, plan.C))
 
     def kept(self, values: Array) -> Array:
