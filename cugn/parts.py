@@ -217,12 +217,13 @@ def normalized(
     weight: Array = None,
     bias: Array = None,
     activation: str | None = None,
+    out: Array = None,
 ) -> Array:
-    """Output of a block; weight and bias are those of its channels."""
+    """Output of a block; weight and bias are those of its channels. It is written to `out` unless x is float64."""
     present, groups, number = local_groups(labels)
     own = statistics.of(present)
     v = _values(x, own, number, axes)
-    out = None if v is x else v
+    out = out if v is x else v
     return normalize(v, own.mean, own.rstd, groups, weight, bias, activation=activation, out=out, **axes.keywords)
 
 
