@@ -18,6 +18,7 @@ import shutil
 import sys
 import threading
 import time
+import tokenize
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -103,7 +104,7 @@ class NpySource:
                 if read_header is None:
                     raise FileError(f"{path}: .npy version {version} is not known")
                 self.shape, self.fortran, self.dtype = read_header(file)
-            except ValueError as error:
+            except (ValueError, SyntaxError, tokenize.TokenError) as error:  # NumPy evaluates the header as Python
                 raise FileError(f"{path}: not a .npy file: {_one_line(error)}") from None
             self.offset = file.tell()
             missing = self.offset + math.prod(self.shape) * self.dtype.itemsize - os.fstat(file.fileno()).st_size
@@ -165,19 +166,33 @@ class NpyTarget:
 
     def __init__(self, path: Path, source: NpySource, dtype: np.dtype[Any]) -> None:
         self.path, self.part = path, _part_name(path)
-        nbytes = math.prod(source.shape) * dtype.itemsize
-        with _writing(path, nbytes):
-            # Not emptied when opened: another run may be writing it.
+        self.nbytes = math.prod(source.shape) * dtype.itemsize
+        with _writing(path, self.nbytes):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            # Not emptied when it is opened: another run may be writing it.
             self.file = os.fdopen(os.open(self.part, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b")
-            _lock(self.file.fileno(), path)
+            try:
+                _lock(self.file.fileno(), path)
+            except FileError:
+                self.file.close()
+                raise
+        try:
+            self._lay_out(source, dtype)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def _lay_out(self, source: NpySource, dtype: np.dtype[Any]) -> None:
+        """Write the header and take the room."""
+        with _writing(self.path, self.nbytes):
             self.file.truncate(0)
             header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": source.fortran}
             np.lib.format.write_array_header_1_0(self.file, {**header, "shape": source.shape})
             self.file.flush()
             self.layout = _Layout(self.part, source, dtype, self.file.tell())
-            self.nbytes = nbytes
-            if nbytes and hasattr(os, "posix_fallocate"):  # a full disk shows now and not after an hour
-                os.posix_fallocate(self.file.fileno(), self.layout.offset, nbytes)
+            if self.nbytes and hasattr(os, "posix_fallocate"):  # a full disk shows now and not after an hour
+                os.posix_fallocate(self.file.fileno(), self.layout.offset, self.nbytes)
 
     def write(self, index: Index, values: Array) -> None:
         """Write one block."""
@@ -263,8 +278,12 @@ class ZarrTarget:
         with _writing(path, 0):
             self.part.mkdir(exist_ok=True)
             self.folder = os.open(self.part, os.O_RDONLY) if hasattr(os, "O_DIRECTORY") else None
-            if self.folder is not None:
-                _lock(self.folder, path)
+            try:
+                if self.folder is not None:
+                    _lock(self.folder, path)
+            except FileError:
+                self._unlock()
+                raise
             for entry in self.part.iterdir():  # of a run that was killed
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             old = source.array

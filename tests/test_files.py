@@ -1,0 +1,356 @@
+"""Files are normalized to what arrays would be; the output is complete and right, or absent, or the old one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cugn
+from cugn import files
+
+SHAPE = (3, 8, 30, 40)
+LABELS = [0, 1, 2, 0, 1, 2, 0, 0]
+AXES = {
+    "default": {},
+    "no batch": {"channel_axis": 1, "batch_axis": None},
+    "channels last": {"channel_axis": -1, "batch_axis": 0},
+    "batch last": {"channel_axis": 1, "batch_axis": -1},
+    "batch around": {"channel_axis": 1, "batch_axis": (0, 2)},
+}
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "BLOCK_BYTES", 4000)  # 115 kB of float32 are some 30 blocks
+
+
+@pytest.fixture
+def x() -> np.ndarray[Any, Any]:
+    return (1e4 + np.random.default_rng(0).normal(size=SHAPE)).astype(np.float32)
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def check(y: Any, wanted: Any) -> None:
+    """Equal up to the statistics' last bits, merged in another order: one unit in the last place of y."""
+    assert (y.shape, y.dtype) == (wanted.shape, wanted.dtype)
+    eps = np.finfo(y.dtype).eps * (4 if y.dtype == np.float64 else 1)
+    assert np.abs(y - wanted).max() <= eps * max(1, np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("axes", AXES.values(), ids=AXES)
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", ["<f4", "<f8", ">f4", "<f2", "|u1"])
+def test_npy(tmp_path: Path, x: Any, dtype: str, order: str, axes: Any) -> None:
+    x = (x - 1e4 + 50 if dtype in ("<f2", "|u1") else x).astype(dtype, order=order)
+    np.save(tmp_path / "x.npy", x)
+    native = x.astype(x.dtype.newbyteorder("="))
+    groups = 4 if axes.get("channel_axis", 1) == -1 else LABELS
+    weight = np.linspace(-1, 2, x.shape[axes.get("channel_axis", 1)])
+    wanted = cugn.group_norm(native, groups, weight, activation="silu", **axes)
+    options = {"weight": weight, "activation": "silu", **axes}
+
+    assert files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", groups, **options) == 1
+    once = np.load(tmp_path / "y.npy")
+    check(once, wanted)
+    assert once.flags.f_contiguous == (order == "F")
+
+    source, target, stats = tmp_path / "x.npy", tmp_path / "y.npy", tmp_path / "s.npz"
+    assert files.normalize_file(source, target, groups, save_stats=stats, **options) == 2
+    twice = np.load(target)
+    check(twice, wanted)
+    assert files.normalize_file(source, target, groups, stats=stats, **options) == 1
+    np.testing.assert_array_equal(np.load(target), twice)
+    saved, m = np.load(stats), cugn.moments(native, groups, **axes)
+    np.testing.assert_array_equal(saved["count"], m.count)
+    np.testing.assert_allclose(saved["mean"], m.mean, rtol=1e-14)
+    np.testing.assert_allclose(saved["m2"], m.m2, rtol=1e-11)
+    assert listing(tmp_path) == ["s.npz", "x.npy", "y.npy"]
+
+
+def test_a_sample_larger_than_memory_takes_two_passes(tmp_path: Path, x: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "x.npy", x)
+    memory = 100_000
+    monkeypatch.setattr(files, "_resident", lambda: 0)
+    assert files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", 4, memory=memory) == 2
+    check(np.load(tmp_path / "y.npy"), cugn.group_norm(x, 4))
+    assert files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", 4, memory=10 * memory) == 1
+    with pytest.raises(files.FileError, match=r"10 kB of memory are too little: a block of it takes 1[0-9.]* kB"):
+        files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", 4, memory=10_000)
+
+
+def test_float64_far_from_zero(tmp_path: Path) -> None:
+    x = 1e12 + np.random.default_rng(1).normal(size=(1, 4, 900))
+    np.save(tmp_path / "x.npy", x)
+    wanted = cugn.group_norm(x, 2)
+    stats = tmp_path / "s.npz"
+    files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", 2, save_stats=stats)
+    check(np.load(tmp_path / "y.npy"), wanted)
+    files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", 2, stats=stats)
+    check(np.load(tmp_path / "y.npy"), wanted)
+
+
+@pytest.mark.parametrize(("dtype", "result"), [(np.float32, "float64"), (np.float64, "float32"), (np.uint8, "float16")])
+def test_dtype(tmp_path: Path, x: Any, dtype: Any, result: str) -> None:
+    x = (x - 9900).astype(dtype)
+    np.save(tmp_path / "x.npy", x)
+    files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", 4, dtype=result)
+    y = np.load(tmp_path / "y.npy")
+    wanted = cugn.group_norm(x.astype(np.float64), 4)
+    assert y.dtype == result
+    # rounded once to float32 at most, then to the result
+    eps = float(np.finfo(result).eps) + (np.finfo(np.float32).eps if dtype == np.uint8 else 0)
+    assert np.abs(y - wanted).max() <= 4 * eps * np.abs(wanted).max()
+
+
+def test_in_place_and_replaced(tmp_path: Path, x: Any) -> None:
+    path = tmp_path / "x.npy"
+    np.save(path, x)
+    files.normalize_file(path, path, 4)
+    check(np.load(path), cugn.group_norm(x, 4))
+    assert listing(tmp_path) == ["x.npy"]
+
+
+def test_empty(tmp_path: Path) -> None:
+    for shape in ((0, 4, 3), (2, 4, 0)):
+        np.save(tmp_path / "x.npy", np.ones(shape, np.float32))
+        files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", 2)
+        assert np.load(tmp_path / "y.npy").shape == shape
+
+
+@pytest.mark.parametrize("axes", [AXES["default"], AXES["batch last"]])
+def test_zarr(tmp_path: Path, x: Any, axes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    zarr = pytest.importorskip("zarr")
+    source = zarr.create_array(
+        tmp_path / "x.zarr",
+        shape=x.shape,
+        dtype=x.dtype,
+        chunks=(1, 3, 7, 20),
+        attributes={"units": "K"},
+        dimension_names=("t", "channel", "y", "x"),
+    )
+    source[...] = x
+    wanted = cugn.group_norm(x, 4, **axes)
+    assert files.normalize_file(tmp_path / "x.zarr", tmp_path / "y.zarr", 4, **axes) == 1
+    target = zarr.open_array(tmp_path / "y.zarr", mode="r")
+    check(target[...], wanted)
+    assert target.chunks == source.chunks
+    assert target.compressors == source.compressors
+    assert dict(target.attrs) == {"units": "K"}
+    assert target.metadata.dimension_names == ("t", "channel", "y", "x")
+    stats = tmp_path / "s.npz"
+    assert files.normalize_file(tmp_path / "x.zarr", tmp_path / "z.zarr", 4, save_stats=stats, **axes) == 2
+    check(zarr.open_array(tmp_path / "z.zarr", mode="r")[...], wanted)
+    assert listing(tmp_path) == ["s.npz", "x.zarr", "y.zarr", "z.zarr"]
+    with pytest.raises(files.FileError, match=r"y\.zarr: exists already"):
+        files.normalize_file(tmp_path / "x.zarr", tmp_path / "y.zarr", 4, **axes)
+
+
+def test_zarr_shards(tmp_path: Path, x: Any) -> None:
+    zarr = pytest.importorskip("zarr")
+    source = zarr.create_array(
+        tmp_path / "x.zarr", shape=x.shape, dtype=x.dtype, chunks=(1, 2, 5, 5), shards=(1, 4, 10, 20), compressors=None
+    )
+    source[...] = x
+    files.normalize_file(tmp_path / "x.zarr", tmp_path / "y.zarr", 4)
+    target = zarr.open_array(tmp_path / "y.zarr", mode="r")
+    assert (target.shards, target.compressors) == (source.shards, source.compressors)
+    check(target[...], cugn.group_norm(x, 4))
+
+
+def status(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
+    """Exit status and the line on standard error."""
+    code = files.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.err
+
+
+def test_command(tmp_path: Path, x: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = tmp_path / "x.npy", tmp_path / "y.npy"
+    np.save(source, x)
+    np.save(tmp_path / "w.npy", np.arange(8.0))
+    code, _ = status(
+        capsys, source, target, "--groups", "0,1,2,0,1,2,0,0", "--weight", tmp_path / "w.npy", "--eps", 1e-3
+    )
+    assert code == 0
+    check(np.load(target), cugn.group_norm(x, LABELS, np.arange(8.0), eps=1e-3))
+    arguments = ("--groups", 5, "--channel-axis", -1, "--batch-axis", "none", "--memory", "2GiB", "--quiet")
+    assert status(capsys, source, target, *arguments) == (0, "")
+    check(np.load(target), cugn.group_norm(x, 5, channel_axis=-1, batch_axis=None))
+
+
+def test_progress_without_tqdm(
+    tmp_path: Path, x: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "x.npy", x)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    code, error = status(capsys, tmp_path / "x.npy", tmp_path / "y.npy", "--groups", 4)
+    assert code == 0
+    assert error.splitlines()[-1] == "100 % of 115 kB"
+
+
+def test_errors_are_one_line(tmp_path: Path, x: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "complex.npy", x.astype(complex))
+    np.save(tmp_path / "objects.npy", np.array([{}]), allow_pickle=True)
+    data = (tmp_path / "x.npy").read_bytes()
+    (tmp_path / "short.npy").write_bytes(data[:-1000])
+    (tmp_path / "text.npy").write_text("no array here\n")
+    (tmp_path / "broken.npy").write_bytes(data[:12] + b"{" * 50 + data[62:])
+    (tmp_path / "version.npy").write_bytes(data[:6] + b"\x09" + data[7:])
+    np.save(tmp_path / "matrix.npy", np.ones((2, 4)))
+    np.savez(tmp_path / "other.npz", a=1)
+    np.savez(tmp_path / "shape.npz", count=np.ones((5, 4)), mean=np.ones((5, 4)), m2=np.ones((5, 4)))
+    (tmp_path / "folder").mkdir()
+    y = tmp_path / "y.npy"
+    cases: list[tuple[str, tuple[Any, ...], str]] = [
+        ("missing.npy", (), "missing.npy: cannot be read: No such file or directory"),
+        ("text.npy", (), "text.npy: not a .npy file"),
+        ("broken.npy", (), "broken.npy: not a .npy file"),
+        ("version.npy", (), "version.npy: "),
+        ("short.npy", (), "short.npy: cut short: 1000 bytes are missing"),
+        ("complex.npy", (), "complex.npy: x has dtype complex128"),
+        ("objects.npy", (), "objects.npy: holds Python objects"),
+        ("x.npy", ("--groups", 3), "x.npy: groups is 3: it must divide the 8 channels"),
+        ("x.npy", ("--channel-axis", 7), "x.npy: channel_axis is 7"),
+        ("x.npy", ("--eps", -1), "x.npy: eps is -1.0"),
+        ("x.npy", ("--weight", tmp_path / "missing.npy"), "missing.npy: cannot be read"),
+        ("x.npy", ("--weight", tmp_path / "matrix.npy"), "matrix.npy: holds an array of shape (2, 4)"),
+        ("x.npy", ("--stats", tmp_path / "missing.npz"), "missing.npz: cannot be read"),
+        ("x.npy", ("--stats", tmp_path / "other.npz"), "other.npz: not a file of statistics"),
+        ("x.npy", ("--stats", tmp_path / "text.npy"), "text.npy: not a file of statistics"),
+        ("x.npy", ("--stats", tmp_path / "shape.npz"), "shape.npz: holds statistics of shape (5, 4)"),
+        ("x.npy", ("--memory", "1MB"), "x.npy: 1 MB of memory are too little"),
+    ]
+    for name, options, message in cases:
+        code, error = status(capsys, tmp_path / name, y, "--quiet", "--groups", 4, *options)
+        assert code == 1, name
+        assert error.startswith("cugn normalize: "), error
+        assert message in error, error
+        assert error.count("\n") == 1, error
+        assert not y.exists()
+    code, error = status(capsys, tmp_path / "x.npy", tmp_path / "no" / "y.npy", "--quiet", "--groups", 4)
+    assert (code, "y.npy: cannot be written: No such file or directory" in error) == (1, True)
+    code, error = status(capsys, tmp_path / "x.npy", tmp_path / "folder", "--quiet", "--groups", 4)
+    assert (code, "folder: cannot be written: Is a directory" in error) == (1, True)
+    assert not [name for name in listing(tmp_path) if name.endswith(".part")]
+    for option, value in (("--memory", "much"), ("--groups", "a"), ("--memory", "-1")):
+        with pytest.raises(SystemExit) as exit_info:
+            files.main([str(tmp_path / "x.npy"), str(y), "--groups", "4", option, value])
+        assert exit_info.value.code == 2
+    assert "is no" in capsys.readouterr().err
+
+
+def test_errors_of_zarr_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("zarr")
+    (tmp_path / "folder").mkdir()
+    code, error = status(capsys, tmp_path / "folder", tmp_path / "y.zarr", "--quiet", "--groups", 4)
+    assert code == 1
+    assert error.count("\n") == 1
+    assert str(tmp_path / "folder") in error
+    assert listing(tmp_path) == ["folder"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files by setrlimit, as Linux does")
+def test_full_disk(tmp_path: Path, x: Any) -> None:
+    np.save(tmp_path / "x.npy", x)
+    command = [sys.executable, "-m", "cugn.files", "x.npy", "y.npy", "--groups", "4", "--quiet"]
+    result = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(cugn.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
+    )
+    assert result.returncode == 1
+    assert "y.npy: no room for 115 kB" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert listing(tmp_path) == ["x.npy"]
+
+
+def test_failure_in_the_middle_leaves_nothing(tmp_path: Path, x: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "x.npy", x)
+    (tmp_path / "y.npy").write_text("old")
+    real = files.NpyTarget.write
+    written = []
+
+    def failing(self: Any, index: Any, values: Any) -> None:
+        written.append(index)
+        if len(written) > 10:
+            raise OSError(28, "No space left on device")
+        real(self, index, values)
+
+    monkeypatch.setattr(files.NpyTarget, "write", failing)
+    with pytest.raises(OSError, match="No space left"):
+        files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", 4, save_stats=tmp_path / "s.npz")
+    assert listing(tmp_path) == ["s.npz", "x.npy", "y.npy"]
+    assert (tmp_path / "y.npy").read_text() == "old"
+
+
+def test_two_runs_to_one_target(tmp_path: Path, x: Any) -> None:
+    pytest.importorskip("fcntl")
+    np.save(tmp_path / "x.npy", x)
+    first = files.NpySource(tmp_path / "x.npy").like(tmp_path / "y.npy", x.dtype)
+    with pytest.raises(files.FileError, match="another run is writing it"):
+        files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", 4)
+    assert (tmp_path / ".y.npy.part").exists()
+    first.abandon()
+    files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", 4)
+    assert listing(tmp_path) == ["x.npy", "y.npy"]
+
+
+def _again_and_again(source: Path, target: Path) -> None:
+    files.BLOCK_BYTES = 1 << 15
+    while True:
+        files.normalize_file(source, target, 4, save_stats=source.with_name("s.npz"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL is a signal of POSIX systems")
+def test_killed_at_random(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(4, 8, 64, 256)).astype(np.float32)
+    source, target = tmp_path / "x.npy", tmp_path / "y.npy"
+    np.save(source, x)
+    wanted = cugn.group_norm(x, 4)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cugn.files", "cugn.engines"])
+    moments = random.Random(1)
+    partial = complete = 0
+    start = time.perf_counter()
+    files.normalize_file(source, target, 4, save_stats=tmp_path / "s.npz")
+    duration = time.perf_counter() - start
+    for _ in range(20):
+        target.unlink(missing_ok=True)
+        process = context.Process(target=_again_and_again, args=(source, target), daemon=True)
+        process.start()
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob(".*.part")) and time.monotonic() < deadline:  # under way
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 2 * duration))
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        partial += (tmp_path / ".y.npy.part").exists()
+        if target.exists():
+            complete += 1
+            check(np.load(target), wanted)
+    # The kills have met both a file that was being written and one that was complete.
+    assert partial > 0
+    assert complete > 0
+    files.normalize_file(source, target, 4)
+    check(np.load(target), wanted)
+    assert not (tmp_path / ".y.npy.part").exists()
