@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 DOCS = Path(__file__).parent
+OPERATIONS = ("forward", "backward", "jvp", "double_backward", "moments", "normalize")
+NAMES = {
+    "forward": "forward",
+    "backward": "backward",
+    "jvp": "jvp",
+    "double_backward": "double backward",
+    "moments": "moments",
+    "normalize": "normalize",
+}
 
 
 def write(name: str, text: str) -> None:
@@ -15,8 +27,88 @@ def write(name: str, text: str) -> None:
         path.write_text(text)
 
 
+def serving_table() -> str:
+    """What each compiled engine serves, asked of the engines themselves.
+
+    A cell is "yes" if the engine serves all dtypes and activations of a row, else what it leaves to the reference.
+    """
+    import cugn.cpu
+    import cugn.cuda
+
+    forms = {
+        "channels first": {},
+        "channels last": {"layout": "last"},
+        "batch norm": {"batch_norm": True},
+        "label groups": {"labels": True},
+        "`where`": {"where": True},
+        "label groups and `where`": {"labels": True, "where": True},
+        "other strides": {"layout": "strided"},
+        "int8, uint8, int16, uint16": {"integers": True},
+    }
+    lines = []
+    for engine, title in ((cugn.cpu, "NumPy"), (cugn.cuda, "CuPy")):
+        lines += [
+            f"**{title}**",
+            "",
+            "| | " + " | ".join(NAMES.values()) + " |",
+            "|---|" + "---|" * len(OPERATIONS),
+        ]
+        for form, settings in forms.items():
+            cells = [_cell(engine, operation, **settings) for operation in OPERATIONS]
+            lines.append(f"| {form} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(engine: Any, operation: str, **settings: bool) -> str:
+    from cugn.engines import resolve
+
+    dtypes = ("int8", "uint8", "int16", "uint16") if settings.get("integers") else ("float16", "float32", "float64")
+    if operation == "moments" and settings.get("integers"):
+        activations: tuple[str | None, ...] = (None,)
+    else:
+        activations = (None,) if operation == "moments" else (None, "relu", "silu", "gelu", "gelu_tanh")
+    if settings.get("where") and operation == "normalize":
+        return "–"
+    left = []
+    for dtype, activation in itertools.product(dtypes, activations):
+        plan = resolve(*_call(operation, dtype, activation, **settings))[1]
+        if not engine.serves(plan, operation):
+            left.append(" ".join(filter(None, (dtype, activation))))
+    everything = len(dtypes) * len(activations)
+    return "yes" if not left else "reference" if len(left) == everything else f"not {', '.join(left)}"
+
+
+def _call(operation: str, dtype: str, activation: str | None, **settings: Any) -> tuple[Any, ...]:
+    """Arguments of `engines.resolve` for a call on a (4, 8, 6, 10) array."""
+    from cugn.plan import Each
+
+    shape = (4, 6, 10, 8) if settings.get("layout") == "last" else (4, 8, 6, 10)
+    x = np.ones(shape, dtype)
+    if settings.get("layout") == "strided":
+        x = np.ones((4, 8, 6, 20), dtype)[..., ::-2]
+    like_x = x if x.dtype.kind == "f" else x.astype(np.float32)
+    groups: Any = [0, 1, 0, 1, 0, 1, 2, 2] if settings.get("labels") else 4
+    if settings.get("batch_norm"):
+        groups = Each.CHANNEL_OF_BATCH
+    stats = np.ones((8,) if settings.get("batch_norm") else (4, 3 if settings.get("labels") else 4))
+    operands = {
+        "forward": [],
+        "backward": [("dy", like_x)],
+        "jvp": [("tx", like_x)],
+        "double_backward": [("ddx", like_x), ("dy", like_x)],
+        "moments": [],
+        "normalize": [("mean", stats), ("rstd", stats)],
+    }[operation]
+    if settings.get("where"):
+        operands = [*operands, ("where", np.ones(shape, bool))]
+    channel_axis = -1 if settings.get("layout") == "last" else 1
+    return operation, x, groups, operands, 1e-5, channel_axis, 0, activation
+
+
 def make_parts(app: Any) -> None:
-    write("guide/paths.inc.md", "(table)\n")
+    """Write all parts."""
+    write("guide/paths.inc.md", serving_table())
 
 
 def setup(app: Any) -> dict[str, Any]:

@@ -135,11 +135,11 @@ def test_a_sample_without_values_is_left_out():
     np.testing.assert_allclose(diagnose(x, 2, where=where).std_after, diagnose(x[[0, 2]], 2).std_after, rtol=1e-12)
 
 
-@pytest.mark.parametrize("library", ["array_api_strict", "torch"])
+@pytest.mark.parametrize("library", ["dask.array", "array_api_strict", "torch"])
 def test_other_libraries_give_the_same(library):
     xp = pytest.importorskip(library)
     x = images()
-    other = xp.asarray(x)
+    other = xp.from_array(x, chunks=(1, 6, 8, 20)) if library == "dask.array" else xp.asarray(x)
     np.testing.assert_allclose(diagnose(other, 2).std_after, diagnose(x, 2).std_after, rtol=1e-10)
     assert suggest_groups(other, 2).tolist() == suggest_groups(x, 2).tolist()
 

@@ -9,11 +9,13 @@ import io
 import re
 import subprocess
 import tomllib
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -84,7 +86,9 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
             continue
         printed = io.StringIO()
         try:
-            with contextlib.redirect_stdout(printed):
+            with contextlib.redirect_stdout(printed), warnings.catch_warnings():
+                if page.name == "migration.md":  # other libraries' imports may warn
+                    warnings.simplefilter("ignore")
                 # Blank lines before it, so that a traceback has the page's line numbers.
                 exec(compile("\n" * (block.line - 1) + block.body, str(page), "exec"), namespace)
         except NameError:
@@ -97,6 +101,45 @@ def test_code_blocks_run(page, tmp_path, monkeypatch):
             assert printed.getvalue().strip() == block.output.strip(), f"{page}:{block.line}"
     if without:
         pytest.skip(f"blocks that need {', '.join(sorted(set(without)))} were left out; the others ran")
+
+
+def sections_of(page: Path) -> dict[str, str]:
+    """Text of each section of a page, what stands before the first under an empty name."""
+    title, *parts = re.split(r"^## (.+)$", page.read_text(), flags=re.M)
+    return {"": title, **dict(zip(parts[::2], parts[1::2], strict=True))}
+
+
+MIGRATION = sections_of(ROOT / "docs" / "migration.md")
+NEEDS = {"JAX": "flax"}  # a section that goes on from another one
+
+
+@pytest.mark.parametrize("section", [name for name in MIGRATION if name])
+def test_calls_of_other_libraries_and_the_calls_that_replace_them_agree(section):
+    """Each line of a table under "Coming from elsewhere": both sides give the same array."""
+    namespace: dict[str, Any] = {}
+    for name in ("", *([NEEDS[section]] if section in NEEDS else []), section):
+        for match in FENCE.finditer(MIGRATION[name]):
+            missing = missing_modules(match["body"])
+            if missing:
+                pytest.skip(f"{', '.join(missing)} not installed")
+            with warnings.catch_warnings():  # other libraries' imports may warn
+                warnings.simplefilter("ignore")
+                exec(match["body"], namespace)
+    lines = re.findall(r"^\| `([^`]+)` \| `([^`]+)` \|", MIGRATION[section], re.M)
+    assert lines
+    if section in ("Chainer", "xarray-spatial"):
+        pytest.skip(f"{section}: no release that has the function runs under NumPy 2")
+    for theirs, ours in lines:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = np.asarray(_detached(eval(theirs, namespace)))
+        result = np.asarray(_detached(eval(ours, namespace)))
+        # Theirs may have float32 statistics: |y| < 10, so some tens of eps(float32).
+        np.testing.assert_allclose(result, expected, rtol=0, atol=3e-5, err_msg=f"{theirs} -> {ours}")
+
+
+def _detached(array: Any) -> Any:
+    return array.detach() if hasattr(array, "detach") else array
 
 
 def test_shell_blocks_are_shell_and_install_extras_that_exist():

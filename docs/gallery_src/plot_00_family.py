@@ -44,7 +44,7 @@ def sharing(norm):
 # Colours are numbered so that neighbours differ.
 
 palette = ListedColormap(["#0072B2", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7"])
-fig, panels = plt.subplots(2, 3, figsize=(9, 3.9))
+fig, panels = plt.subplots(2, 3, figsize=(9, 3.3))
 for axes, (title, norm) in zip(panels.flat, norms.items(), strict=True):
     numbers = sharing(norm)
     colours = numbers % 7 if numbers.max() < 14 else (numbers % C + 3 * (numbers // C)) % 7

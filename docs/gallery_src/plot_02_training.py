@@ -14,7 +14,7 @@ import train_digits
 from gallery_style import BATCH, GROUP, NONE
 
 batches = (2, 4, 8, 16, 32)
-accuracies = train_digits.experiment(("group", "batch", "none"), batches, seeds=2, epochs=3)
+accuracies = train_digits.experiment(("group", "batch", "none"), batches, seeds=3, epochs=3)
 print(train_digits.table(accuracies))
 
 # %%

@@ -58,7 +58,7 @@ for (name, values), marker, colour in zip(errors.items(), "^os", (BATCH, NONE, G
     ax.loglog(means, values, marker + "-", color=colour, lw=1, label=name)
 bound = 3 * np.finfo(np.float32).eps * 4.5
 ax.axhline(bound, color=GROUP, lw=1, ls="--")
-ax.text(means[0], bound * 1.4, "bound", color=GROUP)
+ax.text(means[-1], bound * 1.4, "bound", color=GROUP, ha="right")
 ax.set_xlabel("mean / standard deviation")
 ax.set_ylabel("largest error of y (|y| < 4.5)")
 ax.grid(True)
