@@ -16,7 +16,7 @@ from .compile import Specialisation, device_properties, kernel
 from .config import Box, Problem
 from .strided import DTYPES, contiguous, dense_strides, dtype_of, float64, mask_arguments, name_of
 
-__all__ = ["backward", "double_backward", "forward", "jvp", "moments", "normalize", "serves"]
+__all__ = ["backward", "forward", "jvp", "moments", "normalize", "serves"]
 
 Array = Any
 
@@ -24,7 +24,7 @@ Array = Any
 def serves(plan: Plan, operation: str) -> bool:
     """What the kernels do; the reference does the rest."""
     return (
-        operation in ("forward", "backward", "moments", "normalize")
+        operation in ("forward", "backward", "jvp", "moments", "normalize")
         and plan.labels is None
         and plan.layout is not None
         and plan.layout.kind == "dense"
@@ -67,9 +67,28 @@ def backward(
 ) -> tuple[Array, Array, Array]:
     """Gradients with respect to x, weight and bias."""
     with x.device:
-        call = _Call.of(plan, {"x": x, "dy": dy}, out, where)
+        call = _Call.of(plan, {"x": x, "v": dy}, out, where)
         dweight, dbias = call.differentiated(weight, bias, None, None, mean, rstd)
         return call.out, dweight, dbias
+
+
+def jvp(
+    plan: Plan,
+    tx: Array,
+    x: Array,
+    weight: Array,
+    bias: Array,
+    tweight: Array,
+    tbias: Array,
+    where: Array,
+    out: Array,
+) -> Array:
+    """Tangent of the output along tangents of x, weight and bias."""
+    with x.device:
+        exact = any(t is not None and t.dtype == np.float64 for t in (tweight, tbias))
+        call = _Call.of(plan, {"x": x, "v": tx}, out, where, exact=exact, tangent=True)
+        call.differentiated(weight, bias, tweight, tbias, None, None)
+        return call.out
 
 
 def moments(plan: Plan, x: Array, where: Array) -> tuple[Array, Array, Array]:
@@ -77,7 +96,7 @@ def moments(plan: Plan, x: Array, where: Array) -> tuple[Array, Array, Array]:
     import cupy
 
     with x.device:
-        call = _Call.of(plan, {"x": x}, None, where, written=False)
+        call = _Call.of(plan, {"x": x}, None, where, exact=True, written=False)
         mean, m2 = call.empty_statistics(), call.empty_statistics()
         count = cupy.empty(mean.shape, np.int64)
         call.merged_moments(mean, m2=m2, count=count)
@@ -110,10 +129,19 @@ class _Call:
     where: tuple[Any, ...]
     problem: Problem
     device: config.Device
-    tangent: bool = False
 
     @classmethod
-    def of(cls, plan: Plan, inputs: dict[str, Array], out: Array, where: Array, written: bool = True) -> _Call:
+    def of(
+        cls,
+        plan: Plan,
+        inputs: dict[str, Array],
+        out: Array,
+        where: Array,
+        *,
+        exact: bool = False,
+        tangent: bool = False,
+        written: bool = True,
+    ) -> _Call:
         import cupy
 
         layout = plan.layout
@@ -135,7 +163,8 @@ class _Call:
             inner=layout.inner,
             D=1 if plan.labels is not None else layout.C // plan.G,
             itemsize=itemsize,
-            real=8 if "float64" in (plan.x_dtype, plan.y_dtype) else 4,
+            real=8 if exact or "float64" in (plan.x_dtype, plan.y_dtype, plan.weight_dtype, plan.bias_dtype) else 4,
+            tangent=tangent,
             arrays=len(inputs),
             masked=plan.masked,
             contiguous_rows=all(so == row or layout.outer == 1 for _, _, so in arrays.values()),
@@ -191,7 +220,14 @@ class _Call:
         """Options of the kernels of this call."""
         plan = self.plan
         return Specialisation(
-            file, plan.x_dtype, plan.y_dtype, plan.activation, plan.masked, self.same_channel(), self.tangent
+            file,
+            plan.x_dtype,
+            plan.y_dtype,
+            plan.activation,
+            plan.masked,
+            self.same_channel(),
+            self.problem.tangent,
+            self.problem.real == 8,
         )
 
     def launch(
@@ -221,7 +257,7 @@ class _Call:
         plan, p = self.plan, self.problem
         parameters = (*self.parameter(weight), *self.parameter(bias))
         tangents = (*self.parameter(tweight), *self.parameter(tbias))
-        arrays = (*self.array("x"), *self.array("dy"))
+        arrays = (*self.array("x"), *self.array("v"))
         given = self.statistics(rstd) if rstd is not None else None
         box = config.resident_box(p, self.device)
         if box is not None:
@@ -245,6 +281,8 @@ class _Call:
             )
         else:
             partial = self.differentiated_in_parts(arrays, parameters, tangents, weight, mean, given)
+        if p.tangent:
+            return None, None
         dtype = plan.weight_dtype
         dweight, dbias = (cupy.empty(p.C, dtype_of(dtype)) for _ in range(2))
         kernel(self.specialisation("backward"), "parameter_gradients", 0)(
@@ -275,7 +313,7 @@ class _Call:
         means, lows, rstds, along, offset, count = (self.empty_statistics() for _ in range(6))
         # An activation's slope needs x_hat, and so the statistics, before the sums. So does the dweight of a channel of
         # few elements, whose mean may be far nearer to them than the box's is.
-        known = plan.activation is not None or box.rows * box.columns < config.FEW_OF_CHANNEL
+        known = (plan.activation is not None and not p.tangent) or box.rows * box.columns < config.FEW_OF_CHANNEL
         if known:
             self.merged_moments(means, low=lows, rstd=rstds, elements=count)
             if rstd is not None:
@@ -298,7 +336,7 @@ class _Call:
             (
                 *_ints(p.C, p.D, box.channels, box.parts, box.spatial_parts, team),
                 *(moments, sums, *self.parameter(weight), np.float64(plan.eps)),
-                *(rstds if rstd is None else rstd, *_ints(rstd is not None, known), np.float64(p.elements_per_group)),
+                *(rstds if rstd is None else rstd, *_ints(rstd is not None, known)),
                 *(means, lows, rstds, along, offset, count, channel_sums),
             ),
             shared_mem=8 * config.SCRATCH_DOUBLES,

@@ -44,6 +44,8 @@ class Specialisation(NamedTuple):
     masked: bool = False
     same_channel: bool = False
     tangent: bool = False
+    double: bool = False
+    """Arithmetic in float64: for float64 arrays or weights, and for moments."""
 
 
 @lru_cache(maxsize=8)
@@ -60,6 +62,7 @@ def options(specialisation: Specialisation) -> tuple[str, ...]:
         *FLAGS,
         f"-DX_DTYPE={s.x_dtype.upper()}",
         f"-DY_DTYPE={s.y_dtype.upper()}",
+        f"-DREAL_IS_DOUBLE={int(s.double)}",
         f"-DACTIVATION={ACTIVATIONS[s.activation]}",
         f"-DMASKED={int(s.masked)}",
         f"-DSAME_CHANNEL={int(s.same_channel)}",
@@ -69,13 +72,16 @@ def options(specialisation: Specialisation) -> tuple[str, ...]:
 
 def specialisations() -> list[Specialisation]:
     """Every module that the engine can build."""
-    dtypes = [(x, x) for x in FLOATS] + [(x, y) for x in INTEGERS for y in FLOATS]
-    return [
-        Specialisation(file, x, y, activation, masked, same_channel)
-        for file in KERNELS
-        for (x, y), activation, masked, same_channel in product(dtypes, ACTIVATIONS, (False, True), (False, True))
-        if file == "forward" or x in FLOATS
-    ]
+    found = [Specialisation("copy", "float32", "float32")]
+    pairs = [(x, x) for x in FLOATS] + [(x, y) for x in INTEGERS for y in FLOATS]
+    choices = product(pairs, ACTIVATIONS, *[(False, True)] * 3)
+    for (x, y), activation, masked, same_channel, double in choices:
+        if double or "float64" not in (x, y):
+            found.append(Specialisation("forward", x, y, activation, masked, same_channel, False, double))
+            if x == y:
+                for tangent in (False, True):
+                    found.append(Specialisation("backward", x, y, activation, masked, same_channel, tangent, double))
+    return found
 
 
 _lock = threading.Lock()

@@ -74,6 +74,8 @@ class Problem:
     """Bytes of an element of x."""
     real: int
     """Bytes of the arithmetic of an element."""
+    tangent: bool
+    """Whether it is the jvp."""
     arrays: int
     """Arrays of a box that are held in shared memory: x, or x and dy."""
     masked: bool
@@ -160,9 +162,9 @@ class Box:
         """`values` doubles for each group in the box."""
         return (values * self.units + 1) // 2 * 16
 
-    def tables_bytes(self, real: int) -> int:
-        """Tables of the groups (three values) and of the channels (two), `real` bytes each."""
-        return (self.units + 1) // 2 * 2 * 3 * real + (self.channels + 1) // 2 * 2 * 2 * real
+    def tables_bytes(self, real: int, tangent: bool) -> int:
+        """Tables of the groups (three values) and of the channels (two, with tangents four), `real` bytes each."""
+        return (self.units + 1) // 2 * 2 * 3 * real + (self.channels + 1) // 2 * 2 * (4 if tangent else 2) * real
 
 
 @lru_cache(maxsize=1024)
@@ -277,7 +279,7 @@ def backward_apply_bytes(box: Box, p: Problem) -> int:
     """Dynamic shared memory of `backward_apply`."""
     doubles = SCRATCH_DOUBLES + 6 * box.units + 2 * (box.samples + 1) * box.channels
     coefficients = 2 * p.real * box.units
-    return _round_up(8 * doubles + box.tables_bytes(p.real) + coefficients, 16) + box.mask_bytes(p.masked)
+    return _round_up(8 * doubles + box.tables_bytes(p.real, p.tangent) + coefficients, 16) + box.mask_bytes(p.masked)
 
 
 def moments_bytes(box: Box, p: Problem) -> int:
@@ -287,7 +289,7 @@ def moments_bytes(box: Box, p: Problem) -> int:
 
 def apply_bytes(box: Box, p: Problem) -> int:
     """Dynamic shared memory of `apply_statistics`."""
-    return _round_up(box.statistics_bytes(3) + box.tables_bytes(p.real), 16)
+    return _round_up(box.statistics_bytes(3) + box.tables_bytes(p.real, p.tangent), 16)
 
 
 def _groups_for_whole_sectors(p: Problem) -> int:

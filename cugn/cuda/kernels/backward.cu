@@ -14,12 +14,16 @@
 //
 // Options: X_DTYPE (= Y_DTYPE), ACTIVATION, MASKED, SAME_CHANNEL, TANGENT.
 
-// What a group adds to each element, on d = x - mean: along * d + offset. In float64 on x_hat.
+#define PARAMETER_ARGUMENTS \
+  {weight, bias, tweight, tbias, weight_dtype, bias_dtype, tweight_dtype, tbias_dtype}
+
+// What a group adds to each element: along * x_hat + offset; in float32 along * d + offset with d = x - mean, one rounding
+// less (in float64 the square of rstd in it would leave the range).
 struct Coefficient {
   real along, offset;
 };
 struct Entries {
-  real high, low, scale, shift, along, offset;
+  real high, low, rstd, scale, shift, along, offset;
 };
 
 // The operation `apply` of the backward. `FromX`, `FromV`: the boxes of x and v, in shared or in global memory.
@@ -32,18 +36,19 @@ template <class FromX, class FromV> struct Gradient {
   const Coefficient* coefficients;
   const Mask mask;
   const Box& box;
-  const void *weight, *bias, *tweight, *tbias;
-  const int weight_dtype, bias_dtype, tweight_dtype, tbias_dtype;
   const Divisor by_group;
 
   typedef Entries Entry;
+  struct Exact {
+    double mean, low, rstd, weight, bias, along, offset, tweight, tbias;
+  };
   struct Input {
     const x_t* x;
     const x_t* v;
   };
-  struct Values {
-    real x[VY], v[VY];
-    bool used[VY];
+  template <int K> struct Values {
+    Pack<x_t, K> x, v;
+    bool used[K];
   };
 
   __device__ __forceinline__ int unit(int n, int c) const {
@@ -54,58 +59,56 @@ template <class FromX, class FromV> struct Gradient {
     const Centre centre = tables.centres[u];
     const Scale scale = tables.scales[c];
     const Coefficient coefficient = coefficients[u];
-    Entries e = {centre.high, centre.low, scale.weight * centre.rstd, scale.bias, coefficient.along, coefficient.offset};
+    Entries e = {centre.high, centre.low,        centre.rstd,       scale.times(centre.rstd),
+                 scale.bias,  coefficient.along, coefficient.offset};
 #if TANGENT
-    e.along = fma(scale.weight, e.along, (real)parameter(tweight, tweight_dtype, box.c0 + c, 0) * centre.rstd);
-    e.offset = fma(scale.weight, e.offset, (real)parameter(tbias, tbias_dtype, box.c0 + c, 0));
+    e.along = fma(scale.weight, e.along, REAL_IS_DOUBLE ? scale.tweight : scale.tweight * centre.rstd);
+    e.offset = fma(scale.weight, e.offset, scale.tbias);
 #endif
     return e;
   }
   __device__ __forceinline__ bool slow(const Entries& e) const { return !REAL_IS_DOUBLE && e.scale != e.scale; }
 
-  __device__ __forceinline__ Input input(int n, int r) const { return {x.row(n, r), v.row(n, r)}; }
-  __device__ __forceinline__ Values load(const Input& from, int e, int n, int r, int q) const {
-    const Pack<x_t, VY> px = load_pack<x_t, VY>(from.x + e, (size_t)(from.x + e) % 16 == 0);
-    const Pack<x_t, VY> pv = load_pack<x_t, VY>(from.v + e, (size_t)(from.v + e) % 16 == 0);
-    Values values;
-#pragma unroll
-    for (int k = 0; k < VY; ++k) {
-      values.x[k] = to_real<X_DTYPE>(px.element[k]);
-      values.v[k] = to_real<X_DTYPE>(pv.element[k]);
-      values.used[k] = mask.at(n, r, q + k);
-    }
-    return values;
-  }
-  __device__ __forceinline__ real value(const Entries& e, real x, real v, bool used) const {
-    const real d = (x - e.high) - e.low;
+  __device__ __forceinline__ Exact exact_entry(int n, int c) const {
+    const int u = unit(n, c);
+    const Scale scale = tables.scales[c];
+    Exact e = {statistics.mean[u], statistics.low[u], statistics.rstd[u], exactly(scale.weight), exactly(scale.bias),
+               along[u],           offset[u],         0,                  0};
 #if TANGENT
-    const real t = fma(e.scale, v, fma(e.along, d, e.offset));
+    e.tweight = exactly(scale.tweight);
+    e.tbias = exactly(scale.tbias);
+#endif
+    return e;
+  }
+
+  __device__ __forceinline__ Input input(int n, int r) const { return {x.row(n, r), v.row(n, r)}; }
+  template <int K>
+  __device__ __forceinline__ void load(Values<K>& values, const Input& from, int e, int n, int r, int q) const {
+    values.x = load_pack<x_t, K>(from.x + e, (size_t)(from.x + e) % (K * sizeof(x_t)) == 0);
+    values.v = load_pack<x_t, K>(from.v + e, (size_t)(from.v + e) % (K * sizeof(x_t)) == 0);
+#pragma unroll
+    for (int k = 0; k < K; ++k) values.used[k] = TANGENT || mask.at(n, r, q + k);
+  }
+  template <int K> __device__ __forceinline__ real fast(const Entries& e, const Values<K>& values, int k) const {
+    const real d = (to_real<X_DTYPE>(values.x.element[k]) - e.high) - e.low, v = to_real<X_DTYPE>(values.v.element[k]);
+    const real along = fma(e.along, REAL_IS_DOUBLE ? d * e.rstd : d, e.offset);
+#if TANGENT
+    const real t = fma(e.scale, v, along);
     return ACTIVATION == IDENTITY ? t : t * slope(fma(d, e.scale, e.shift));
 #else
     const real dz = ACTIVATION == IDENTITY ? v : v * slope(fma(d, e.scale, e.shift));
-    return fma(e.scale, dz, used ? fma(e.along, d, e.offset) : (real)0);
+    return fma(e.scale, dz, values.used[k] ? along : (real)0);
 #endif
   }
-  __device__ __forceinline__ real fast(const Entries& e, const Values& values, int k) const {
-    return value(e, values.x[k], values.v[k], values.used[k]);
-  }
-  __device__ __forceinline__ real fast_one(const Entries& one, const Input& from, int e, int n, int r, int q) const {
-    return value(one, to_real<X_DTYPE>(from.x[e]), to_real<X_DTYPE>(from.v[e]), mask.at(n, r, q));
-  }
-  __device__ double exact(int n, int c, const Input& from, int e, int r, int q) const {
-    const int u = unit(n, c);
-    const double rstd = statistics.rstd[u], v_e = to_double<X_DTYPE>(from.v[e]);
-    const double x_hat = ((to_double<X_DTYPE>(from.x[e]) - statistics.mean[u]) - statistics.low[u]) * rstd;
-    const double w = parameter(weight, weight_dtype, box.c0 + c, 1);
-    const double bend =
-        ACTIVATION == IDENTITY ? 1 : (double)slope((real)fma(x_hat, w, parameter(bias, bias_dtype, box.c0 + c, 0)));
+  template <int K> __device__ __forceinline__ double exact(const Exact& e, const Values<K>& values, int k) const {
+    const double v = to_double<X_DTYPE>(values.v.element[k]);
+    const double x_hat = ((to_double<X_DTYPE>(values.x.element[k]) - e.mean) - e.low) * e.rstd;
+    const double bend = ACTIVATION == IDENTITY ? 1 : (double)slope((real)fma(x_hat, e.weight, e.bias));
+    const double from_group = fma(e.along, x_hat, e.offset);
 #if TANGENT
-    const double t = fma(w, fma(rstd, v_e, fma(along[u], x_hat, offset[u])),
-                         fma(parameter(tweight, tweight_dtype, box.c0 + c, 0), x_hat,
-                             parameter(tbias, tbias_dtype, box.c0 + c, 0)));
-    return t * bend;
+    return fma(e.weight, fma(e.rstd, v, from_group), fma(e.tweight, x_hat, e.tbias)) * bend;
 #else
-    return fma(rstd * w, v_e * bend, mask.at(n, r, q) ? fma(along[u], x_hat, offset[u]) : 0);
+    return fma(e.rstd * e.weight, v * bend, values.used[k] ? from_group : 0);
 #endif
   }
 };
@@ -113,8 +116,7 @@ template <class FromX, class FromV> struct Gradient {
 // Sums of v and v x_hat over each channel of each sample in the box, to sums[2 (n nc + c)], by teams; v = dz, or tx where
 // it is used. x_hat is about the statistics in shared memory, whatever they are.
 __device__ __forceinline__ void sum_channels(const Shared<x_t>& x, const Shared<x_t>& dy, const Mask& mask, const Box& box,
-                                             int team, const Statistics& statistics, const Tables& tables, const void* weight,
-                                             int weight_dtype, const void* bias, int bias_dtype, double* scratch,
+                                             int team, const Statistics& statistics, const Tables& tables, double* scratch,
                                              double* sums) {
   const int units = box.ns * box.nc, teams = blockDim.x / team, lane = threadIdx.x & (team - 1);
   const Divisor by_channels(box.nc), by_group(box.group_channels);
@@ -126,7 +128,7 @@ __device__ __forceinline__ void sum_channels(const Shared<x_t>& x, const Shared<
       const int u = n * box.groups + by_group.quotient(c);
       const Centre centre = tables.centres[u];
       const Scale scale = tables.scales[c];
-      if (REAL_IS_DOUBLE || (centre.rstd == centre.rstd && (ACTIVATION == IDENTITY || scale.weight == scale.weight))) {
+      if (REAL_IS_DOUBLE || (centre.rstd == centre.rstd && (ACTIVATION == IDENTITY || in_range(scale.weight, true) == scale.weight))) {
         real run_v = 0, run_v_x_hat = 0;
         walk(rows, box.ncol, lane, team,
              [&](auto width, int r, int i) {
@@ -155,7 +157,7 @@ __device__ __forceinline__ void sum_channels(const Shared<x_t>& x, const Shared<
              });
       } else {
         const double mean = statistics.mean[u], low = statistics.low[u], rstd = statistics.rstd[u];
-        const double w = parameter(weight, weight_dtype, box.c0 + c, 1), b = parameter(bias, bias_dtype, box.c0 + c, 0);
+        const double w = exactly(scale.weight), b = exactly(scale.bias);
         walk_slowly(rows, box.ncol, lane, team, [&](int r, int i) {
           const double x_hat = ((to_double<X_DTYPE>(x.data[x.index(n, r, q0 + i)]) - mean) - low) * rstd;
           double v = to_double<X_DTYPE>(dy.data[dy.index(n, r, q0 + i)]);
@@ -186,8 +188,7 @@ struct GroupCoefficients {
 __device__ __forceinline__ void set_tables(const Statistics& statistics, const double* along, const double* offset,
                                            double count, int u, Centre* centres, Coefficient* coefficients) {
   Centre centre(statistics, u);
-  const double on_d = along[u] * statistics.rstd[u];
-  coefficients[u].along = in_range(on_d, true);
+  coefficients[u].along = in_range(REAL_IS_DOUBLE ? along[u] : along[u] * statistics.rstd[u], true);
   coefficients[u].offset = in_range(offset[u], true);
   if (!REAL_IS_DOUBLE && (count <= FEW_ELEMENTS || coefficients[u].along != coefficients[u].along ||
                           coefficients[u].offset != coefficients[u].offset))
@@ -227,11 +228,10 @@ struct Work {
 
 // One block `repeat` boxes of whole groups, of consecutive samples. rstd_given: (N, G), where have_rstd. partial: sums of
 // v and v x_hat of each channel over the samples of the block, (blocks of samples, C, 2).
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     backward(BOX_PARAMETERS, const int repeat, const int group_team, const int channel_team, const x_t* x,
              const long long x_sn, const long long x_so, const x_t* dy, const long long dy_sn, const long long dy_so,
-             const void* weight, const int weight_dtype, const void* bias, const int bias_dtype, const void* tweight,
-             const int tweight_dtype, const void* tbias, const int tbias_dtype, const double eps, const double* rstd_given,
+             PARAMETERS, TANGENTS, const double eps, const double* rstd_given,
              const int have_rstd, y_t* dx, const long long dx_sn, const long long dx_so, real* partial MASK_PARAMETERS) {
   const Work work(samples, rows, channels, columns, D, pitch, flat);
   const unsigned sample_block = blockIdx.x / channel_tiles, channel_tile = blockIdx.x - sample_block * channel_tiles;
@@ -247,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     Shared<x_t> x_tile(reinterpret_cast<x_t*>(work.x), x_source, box);
     Shared<x_t> dy_tile(reinterpret_cast<x_t*>(work.dy), dy_source, box);
     if (i > 0) __syncthreads();  // the box before may still be being read
-    else tables.fill_scales(box, weight, weight_dtype, bias, bias_dtype);
+    else tables.fill_scales(box, PARAMETER_ARGUMENTS);
     x_tile.fill(x_source, box);
     dy_tile.fill(dy_source, box);
     Mask mask = {};
@@ -275,8 +275,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     __syncthreads();
 
-    sum_channels(x_tile, dy_tile, mask, box, channel_team, work.statistics, tables, weight, weight_dtype, bias, bias_dtype,
-                 shared, work.sums);
+    sum_channels(x_tile, dy_tile, mask, box, channel_team, work.statistics, tables, shared, work.sums);
     __syncthreads();
 
     {
@@ -286,7 +285,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         Pair sum = {0, 0};
         if (u < units) {
           for (int c = k * box.group_channels + lane; c < (k + 1) * box.group_channels; c += team) {
-            const double w = TANGENT ? 1 : parameter(weight, weight_dtype, box.c0 + c, 1);
+            const double w = TANGENT ? 1 : exactly(tables.scales[c].weight);
             sum.a = fma(w, work.sums[2 * (n * box.nc + c)], sum.a);
             sum.b = fma(w, work.sums[2 * (n * box.nc + c) + 1], sum.b);
           }
@@ -314,8 +313,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __syncthreads();
 
     const Gradient<Shared<x_t>, Shared<x_t>> operation = {
-        x_tile, dy_tile, work.statistics, work.along, work.offset, tables, work.coefficients, mask, box, weight, bias, tweight,
-        tbias, weight_dtype, bias_dtype, tweight_dtype, tbias_dtype, Divisor(box.group_channels)};
+        x_tile, dy_tile, work.statistics, work.along, work.offset, tables, work.coefficients, mask, box,
+        Divisor(box.group_channels)};
     apply(operation, Global<y_t>(dx, dx_sn, dx_so, box, inner), box);
   }
 #if !TANGENT
@@ -330,10 +329,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 // One block a box of one sample, which may be a part of a group. Writes the sums of v and of v (x - mean of the box) of
 // each channel, sums: (N, spatial parts, C, 2); and the moments of each group in the box, moments: (N, parts, G, 4).
 // With have_statistics, (N, G), it is v x_hat under them, and no moments are written.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     backward_sums(BOX_PARAMETERS, const int group_team, const int channel_team, const x_t* x, const long long x_sn,
-                  const long long x_so, const x_t* dy, const long long dy_sn, const long long dy_so, const void* weight,
-                  const int weight_dtype, const void* bias, const int bias_dtype, const double* mean, const double* low,
+                  const long long x_so, const x_t* dy, const long long dy_sn, const long long dy_so, PARAMETERS, const double* mean, const double* low,
                   const double* rstd, const int have_statistics, double* moments, double* sums MASK_PARAMETERS) {
   const Work work(samples, rows, channels, columns, D, pitch, flat);
   const Box box(BOX_ARGUMENTS, blockIdx.x);
@@ -343,7 +341,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   Shared<x_t> dy_tile(reinterpret_cast<x_t*>(work.dy), dy_source, box);
   x_tile.fill(x_source, box);
   dy_tile.fill(dy_source, box);
-  tables.fill_scales(box, weight, weight_dtype, bias, bias_dtype);
+  tables.fill_scales(box, {weight, bias, nullptr, nullptr, weight_dtype, bias_dtype, -1, -1});
   Mask mask = {};
 #if MASKED
   mask.fill(work.mask, where, where_sn, where_so, where_sc, where_si, box);
@@ -380,8 +378,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __syncthreads();
   }
 
-  sum_channels(x_tile, dy_tile, mask, box, channel_team, work.statistics, tables, weight, weight_dtype, bias, bias_dtype,
-               shared, work.sums);
+  sum_channels(x_tile, dy_tile, mask, box, channel_team, work.statistics, tables, shared, work.sums);
   __syncthreads();
   double* to = sums + 2 * ((box.n0 * box.spatial_parts + box.spatial_part) * C + box.c0);
   for (int c = threadIdx.x; c < box.nc; c += blockDim.x) {
@@ -392,25 +389,23 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 // One block a group of a sample: its statistics and coefficients, (N, G), and the sums of v and v x_hat of its channels,
 // channel_sums: (N, C, 2), from those of its boxes. See backward_sums.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     merge_backward(const int C, const int D, const int channels, const int parts, const int spatial_parts, const int team,
                    const double* moments, const double* sums, const void* weight, const int weight_dtype, const double eps,
-                   const double* rstd_given, const int have_rstd, const int have_statistics, const double elements,
+                   const double* rstd_given, const int have_rstd, const int have_statistics,
                    double* mean, double* low, double* rstd, double* along, double* offset, double* count,
                    double* channel_sums) {
   double* scratch = shared;
   const int G = C / D;
   const long long n = blockIdx.x / G;
   const int g = (int)(blockIdx.x - n * G), lane = threadIdx.x & (team - 1), teams = blockDim.x / team;
-  double mean_g, low_g, rstd_g, count_g = elements;
+  double mean_g, low_g, rstd_g, count_g;
   const double* of_group = moments + 4 * (n * parts * G + g);
   if (have_statistics) {
     mean_g = mean[n * G + g];
     low_g = low[n * G + g];
     rstd_g = rstd[n * G + g];
-#if MASKED
     count_g = count[n * G + g];
-#endif
   } else {
     const Moments m = merge_parts(of_group, 4ll * G, parts, threadIdx.x, blockDim.x, scratch);
     mean_g = m.mean;
@@ -449,26 +444,27 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   group = team_sum(group, blockDim.x, scratch);
   if (threadIdx.x == 0) {
     const GroupCoefficients coefficients(group, rstd_g, count_g);
-    mean[n * G + g] = mean_g;
-    low[n * G + g] = low_g;
-    rstd[n * G + g] = rstd_g;
-    count[n * G + g] = count_g;
     along[n * G + g] = coefficients.along;
     offset[n * G + g] = coefficients.offset;
+    if (!have_statistics) {
+      mean[n * G + g] = mean_g;
+      low[n * G + g] = low_g;
+      rstd[n * G + g] = rstd_g;
+      count[n * G + g] = count_g;
+    }
   }
 }
 
 // One block a box: x and dy read once, dx written once, under statistics and coefficients of (N, G).
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     backward_apply(BOX_PARAMETERS, const x_t* x, const long long x_sn, const long long x_so, const x_t* dy,
-                   const long long dy_sn, const long long dy_so, const void* weight, const int weight_dtype, const void* bias,
-                   const int bias_dtype, const void* tweight, const int tweight_dtype, const void* tbias, const int tbias_dtype,
+                   const long long dy_sn, const long long dy_so, PARAMETERS, TANGENTS,
                    const double* mean, const double* low, const double* rstd, const double* along, const double* offset,
                    const double* count, y_t* dx, const long long dx_sn, const long long dx_so MASK_PARAMETERS) {
   const Work work(samples, rows, channels, columns, D, 0, 0);
   const Box box(BOX_ARGUMENTS, blockIdx.x);
   Tables tables = work.tables;
-  tables.fill_scales(box, weight, weight_dtype, bias, bias_dtype);
+  tables.fill_scales(box, PARAMETER_ARGUMENTS);
   work.statistics.load(mean, low, 1, rstd, C / D, nullptr, 0, box);
   for (int u = threadIdx.x; u < box.groups; u += blockDim.x) {  // each thread those that it loaded
     const long long at = box.n0 * (C / D) + box.g0 + u;
@@ -483,8 +479,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   __syncthreads();
   const Gradient<Global<const x_t>, Global<const x_t>> operation = {
       Global<const x_t>(x, x_sn, x_so, box, inner), Global<const x_t>(dy, dy_sn, dy_so, box, inner), work.statistics,
-      work.along, work.offset, tables, work.coefficients, mask, box, weight, bias, tweight, tbias, weight_dtype, bias_dtype,
-      tweight_dtype, tbias_dtype, Divisor(box.group_channels)};
+      work.along, work.offset, tables, work.coefficients, mask, box, Divisor(box.group_channels)};
   apply(operation, Global<y_t>(dx, dx_sn, dx_so, box, inner), box);
 }
 

@@ -246,9 +246,10 @@ template <int K> struct Count {
   static constexpr int value = K;
 };
 
-// Elements that go into one float32 sum before it is added to a float64 one: rounding stays below 16 units in the last
-// place in the worst case, and float64 arithmetic below 1/8 of an operation an element.
-constexpr int SHORT_RUN = 16;
+// Elements that go into one float32 sum before it is added to a float64 one. Four for float32 keep the worst rounding of
+// a sum at 2 units in the last place, for half a float64 operation an element; the 16-bit types, with twice the elements
+// and 1/8000 of the accuracy to keep, take 16.
+constexpr int SHORT_RUN = X_DTYPE == FLOAT32 ? 4 : 16;
 
 // The elements of `rows` rows, `run` contiguous ones in each, dealt to the threads of a team in chunks of a vector (where
 // the run is a whole number of them) or one by one. body(Count<K>, row, first) takes K elements; flush() closes a short run.
@@ -282,75 +283,96 @@ __device__ __forceinline__ void walk(int rows, int run, int lane, int team, Body
 
 // ---- writing: every element of the box through an operation that depends on its channel
 
-// Op: `Input` (where the elements come from), `Entry` (what a channel of a sample needs), entry(n, c), slow(entry),
-// fast(entry, elements) and exact(n, c, elements). An entry is looked up once for as long as a thread stays in its
-// channels: for good in channels-last, once a vector elsewhere.
+// A place in the box: sample, row, channel, column.
+struct Place {
+  int n, r, c, i;
+  __device__ __forceinline__ void step(const Box& box) {
+    if (++i == box.ncol) {
+      i = 0;
+      if (++c == box.nc) {
+        c = 0;
+        if (++r == box.nr) r = 0, ++n;
+      }
+    }
+  }
+};
+
+// Op: Input (where a row's elements come from), Values<K> (K of them), Entry (what a channel of a sample needs), and
+// entry(n, c), slow(entry), fast(entry, values, k); for slow entries the same in float64, Exact, exact_entry and exact. An entry is looked
+// up once for as long as a thread stays in its channels: for good in channels-last, once a vector elsewhere.
 //
 // SAME_CHANNEL: every aligned vector of the output lies in one channel.
 template <class Op> __device__ __forceinline__ void apply(const Op& op, const Global<y_t>& out, const Box& box) {
   constexpr int ENTRIES = SAME_CHANNEL ? 1 : VY;
   typename Op::Entry entry[ENTRIES];
-  int known = -1;  // position in its sample (row and columns) that the entries belong to
+  int known = -1;  // sample and position in a row that the entries belong to
   const int segments = box.segments(), length = box.segment_length();
   const int head0 = elements_past_16_bytes(out.origin), step = (int)((out.sn | out.so) & (VY - 1));
   const bool aligned = head0 == 0 && (segments == 1 || step == 0) && length % VY == 0;
   const int vectors = aligned ? length / VY : (length + 2 * VY - 2) / VY, count = segments * vectors;
   const Divisor by_vectors(vectors), by_rows(box.nr), by_width(box.width), by_columns(box.ncol);
   for (int v = threadIdx.x; v < count; v += blockDim.x) {
-    int s = segments == 1 ? 0 : by_vectors.quotient(v), n = box.ns == 1 || box.flat ? 0 : by_rows.quotient(s);
-    int r = box.flat ? 0 : s - n * box.nr;
-    y_t* to = out.row(n, r);
-    const typename Op::Input from = op.input(n, r);
+    int s = segments == 1 ? 0 : by_vectors.quotient(v);
+    Place place;
+    place.n = box.ns == 1 || box.flat ? 0 : by_rows.quotient(s);
+    place.r = box.flat ? 0 : s - place.n * box.nr;
+    y_t* to = out.row(place.n, place.r);
+    const typename Op::Input from = op.input(place.n, place.r);
     const int e = (v - s * vectors) * VY - elements_past_16_bytes(to), first = max(e, 0), last = min(e + VY, length);
     int q = first;
     if (box.flat) {
       s = by_width.quotient(first);
       q = first - s * box.width;
-      n = box.ns == 1 ? 0 : by_rows.quotient(s);
-      r = s - n * box.nr;
+      place.n = box.ns == 1 ? 0 : by_rows.quotient(s);
+      place.r = s - place.n * box.nr;
     }
-    int c = by_columns.quotient(q), i = q - c * box.ncol;
-    bool plain = first == e && last == e + VY;
-    if (plain) {
+    place.c = by_columns.quotient(q);
+    place.i = q - place.c * box.ncol;
+    if (first == e && last == e + VY) {
       // A vector across the end of a row may end in another sample: its entries are not kept.
-      const int position = SAME_CHANNEL ? n * box.nc + c : q + VY <= box.width ? n * box.width + q : -1;
+      const int position = SAME_CHANNEL ? place.n * box.nc + place.c : q + VY <= box.width ? place.n * box.width + q : -1;
       if (position < 0 || position != known) {
         known = position;
-        int cn = n, cr = r, cc = c, ci = i;
+        Place next = place;
 #pragma unroll
         for (int k = 0; k < ENTRIES; ++k) {
-          entry[k] = op.entry(cn, cc);
-          if (k + 1 < ENTRIES && ++ci == box.ncol) {
-            ci = 0;
-            if (++cc == box.nc) {
-              cc = 0;
-              if (++cr == box.nr) cr = 0, ++cn;
-            }
+          entry[k] = op.entry(next.n, next.c);
+          if (k + 1 < ENTRIES) next.step(box);
+        }
+      }
+      bool plain = true;
+#pragma unroll
+      for (int k = 0; k < ENTRIES; ++k) plain = plain && !op.slow(entry[k]);
+      typename Op::template Values<VY> values;
+      op.load(values, from, e, place.n, place.r, q);
+      Pack<y_t, VY> pack;
+      if (plain) {
+#pragma unroll
+        for (int k = 0; k < VY; ++k)
+          pack.element[k] = from_real<Y_DTYPE>(op.fast(entry[SAME_CHANNEL ? 0 : k], values, k));
+      } else {
+        Place next = place;
+        typename Op::Exact exact = op.exact_entry(next.n, next.c);
+#pragma unroll
+        for (int k = 0; k < VY; ++k) {
+          const typename Op::Entry& one = entry[SAME_CHANNEL ? 0 : k];
+          pack.element[k] =
+              op.slow(one) ? from_double<Y_DTYPE>(op.exact(exact, values, k)) : from_real<Y_DTYPE>(op.fast(one, values, k));
+          if (!SAME_CHANNEL && k + 1 < VY) {
+            next.step(box);
+            exact = op.exact_entry(next.n, next.c);
           }
         }
       }
-#pragma unroll
-      for (int k = 0; k < ENTRIES; ++k) plain = plain && !op.slow(entry[k]);
-    }
-    if (plain) {
-      const typename Op::Values values = op.load(from, e, n, r, q);
-      Pack<y_t, VY> pack;
-#pragma unroll
-      for (int k = 0; k < VY; ++k)
-        pack.element[k] = from_real<Y_DTYPE>(op.fast(entry[SAME_CHANNEL ? 0 : k], values, k));
       store_pack<y_t, VY>(to + e, pack, true);
     } else {
       for (int k = first; k < last; ++k) {
-        const typename Op::Entry one = op.entry(n, c);
-        to[k] = op.slow(one) ? from_double<Y_DTYPE>(op.exact(n, c, from, k, r, c * box.ncol + i))
-                             : from_real<Y_DTYPE>(op.fast_one(one, from, k, n, r, c * box.ncol + i));
-        if (++i == box.ncol) {
-          i = 0;
-          if (++c == box.nc) {
-            c = 0;
-            if (++r == box.nr) r = 0, ++n;
-          }
-        }
+        const typename Op::Entry one = op.entry(place.n, place.c);
+        typename Op::template Values<1> values;
+        op.load(values, from, k, place.n, place.r, place.c * box.ncol + place.i);
+        to[k] = op.slow(one) ? from_double<Y_DTYPE>(op.exact(op.exact_entry(place.n, place.c), values, 0))
+                             : from_real<Y_DTYPE>(op.fast(one, values, 0));
+        place.step(box);
       }
     }
   }

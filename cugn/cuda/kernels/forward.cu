@@ -12,9 +12,9 @@
 // Options: X_DTYPE, Y_DTYPE, ACTIVATION, MASKED, SAME_CHANNEL.
 
 // One block a box: groups of one or more samples.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     forward(BOX_PARAMETERS, const int team, const x_t* x, const long long x_sn, const long long x_so,
-            const void* weight, const int weight_dtype, const void* bias, const int bias_dtype, const double eps, y_t* y,
+            PARAMETERS, const double eps, y_t* y,
             const long long y_sn, const long long y_so, double* mean, double* rstd MASK_PARAMETERS) {
   const Box box(BOX_ARGUMENTS, blockIdx.x);
   const int most_units = samples * max(1, channels / D);
@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const Global<const x_t> source(x, x_sn, x_so, box, inner);
   Shared<x_t> tile(reinterpret_cast<x_t*>(bytes), source, box);
   tile.fill(source, box);
-  tables.fill_scales(box, weight, weight_dtype, bias, bias_dtype);
+  tables.fill_scales(box, {weight, bias, nullptr, nullptr, weight_dtype, bias_dtype, -1, -1});
   Mask mask = {};
 #if MASKED
   mask.fill(bytes + box_bytes<x_t>(samples, rows, channels * columns, pitch, flat), where, where_sn, where_so, where_sc,
@@ -51,12 +51,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
   __syncthreads();
 
-  const Normalization<Shared<x_t>> operation(tile, statistics, tables, box, weight, weight_dtype, bias, bias_dtype);
+  const Normalization<Shared<x_t>> operation(tile, statistics, tables, box);
   apply(operation, Global<y_t>(y, y_sn, y_so, box, inner), box);
 }
 
 // One block a box, which may be a part of a group. Writes (mean, low, root of m2, count) of each of its groups.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     moments(BOX_PARAMETERS, const int team, const x_t* x, const long long x_sn, const long long x_so,
             double* partial MASK_PARAMETERS) {
   const Box box(BOX_ARGUMENTS, blockIdx.x);
@@ -88,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 // One team a group: merges the moments of its `parts`. Writes mean, low, rstd and the number of
 // elements; or mean, m2 and count (`unscaled`).
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     merge_moments(const double* partial, const long long groups_of_all, const int G, const int parts, const int team,
                   const double eps, const int unscaled, double* mean, double* low, double* rstd, double* elements, double* m2,
                   long long* count) {
@@ -110,20 +110,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 // One block a box: x read once, y written once, under the statistics in mean, low (where have_low) and rstd, (N, G).
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     apply_statistics(BOX_PARAMETERS, const x_t* x, const long long x_sn, const long long x_so,
                      const double* mean, const double* low, const int have_low, const double* rstd, const int G,
-                     const int* labels, const int labelled, const void* weight, const int weight_dtype, const void* bias,
-                     const int bias_dtype, y_t* y, const long long y_sn, const long long y_so) {
+                     const int* labels, const int labelled, PARAMETERS, y_t* y, const long long y_sn, const long long y_so) {
   const Box box(BOX_ARGUMENTS, blockIdx.x);
   const int most_units = samples * max(1, channels / D);
   Statistics statistics(shared, most_units);
   Tables tables(reinterpret_cast<unsigned char*>(shared + (3 * most_units + 1) / 2 * 2), most_units);
-  tables.fill_scales(box, weight, weight_dtype, bias, bias_dtype);
+  tables.fill_scales(box, {weight, bias, nullptr, nullptr, weight_dtype, bias_dtype, -1, -1});
   statistics.load(mean, low, have_low, rstd, G, labels, labelled, box);
   tables.fill_centres(box, statistics);  // each thread those that it loaded
   __syncthreads();
-  const Normalization<Global<const x_t>> operation(Global<const x_t>(x, x_sn, x_so, box, inner), statistics, tables, box,
-                                                   weight, weight_dtype, bias, bias_dtype);
+  const Normalization<Global<const x_t>> operation(Global<const x_t>(x, x_sn, x_so, box, inner), statistics, tables, box);
   apply(operation, Global<y_t>(y, y_sn, y_so, box, inner), box);
 }

@@ -1,7 +1,8 @@
 // Statistics of the groups of a box, and the affine map of each channel that they give.
 
-// Groups of so few elements get float64 arithmetic: of two elements dx is the tiny difference that eps leaves.
-#define FEW_ELEMENTS 2
+// Groups of so few elements get float64 arithmetic: the backward takes two of their directions away, and of what is left
+// float32's rounding is a large part (of two elements only what eps leaves). From 12 on it is below 0.6 of the bound.
+#define FEW_ELEMENTS (X_DTYPE == FLOAT32 ? 12 : 2)
 
 // float32: the mean from a float64 sum, two float64 operations an element, which even a GPU with 2 of them a clock does
 // at the speed of its memory. A channel of one element has its dweight from x - mean alone: there a mean with float32's
@@ -180,13 +181,15 @@ __device__ __forceinline__ Moments merge_parts(const double* from, long long str
 
 // Bounds of |weight|, of rstd and its inverse: within them no step of the float32 arithmetic of an element overflows or
 // loses bits to flushed subnormals that would be seen in y. What is beyond is done in float64, and marked by a NaN
-// instead of the weight or rstd, since that is where a NaN among them leads anyway.
+// instead of rstd or the scale, since that is where a NaN among the inputs leads anyway.
 #define FLOAT_RANGE 0x1p+60
 __device__ __forceinline__ real in_range(double v, bool zero_is) {
   const double size = fabs(v);
   const bool inside = REAL_IS_DOUBLE || (size <= FLOAT_RANGE && size >= 1 / FLOAT_RANGE) || (zero_is && size == 0);
   return inside ? (real)v : (real)bits_of<float>(0x7fc00000u);
 }
+__device__ __forceinline__ double exactly(float v) { return widen(v); }
+__device__ __forceinline__ double exactly(double v) { return v; }
 
 // Statistics of the groups in the box, in shared memory, `units` of each.
 struct Statistics {
@@ -218,10 +221,30 @@ struct Centre {
   Centre() = default;
 };
 
-// Weight and bias of a channel.
+// Weight and bias of a channel, and their tangents: exact, for float64 ones have float64 arithmetic.
 struct Scale {
   real weight, bias;
+#if TANGENT
+  real tweight, tbias;
+#endif
+  // weight * rstd, NaN where the weight is out of range; by its bits, which no flushing touches.
+  __device__ __forceinline__ real times(real rstd) const {
+    if (!REAL_IS_DOUBLE) {
+      const unsigned size = bits_of<unsigned>((float)weight) & 0x7fffffffu;
+      if (size > bits_of<unsigned>((float)FLOAT_RANGE) || (size != 0 && size < bits_of<unsigned>((float)(1 / FLOAT_RANGE))))
+        return (real)bits_of<float>(0x7fc00000u);
+    }
+    return weight * rstd;
+  }
 };
+
+// The caller's weight and bias, and their tangents; a dtype below zero stands for none.
+struct Parameters {
+  const void *weight, *bias, *tweight, *tbias;
+  int weight_dtype, bias_dtype, tweight_dtype, tbias_dtype;
+};
+#define PARAMETERS const void *weight, const int weight_dtype, const void *bias, const int bias_dtype
+#define TANGENTS const void *tweight, const int tweight_dtype, const void *tbias, const int tbias_dtype
 
 // Both tables of a box, in shared memory: what `apply` looks up for a channel of a sample.
 struct Tables {
@@ -232,12 +255,17 @@ struct Tables {
   __device__ __forceinline__ unsigned char* end(int channels) const {
     return reinterpret_cast<unsigned char*>(scales + (channels + 1) / 2 * 2);
   }
-  __device__ void fill_scales(const Box& box, const void* weight, int weight_dtype, const void* bias, int bias_dtype) {
+  __device__ void fill_scales(const Box& box, const Parameters& p) {
     for (int c = threadIdx.x; c < box.nc; c += blockDim.x) {
-      scales[c].weight = in_range(parameter(weight, weight_dtype, box.c0 + c, 1), true);
-      scales[c].bias = (real)parameter(bias, bias_dtype, box.c0 + c, 0);
+      scales[c].weight = narrowed(parameter(p.weight, p.weight_dtype, box.c0 + c, 1));
+      scales[c].bias = narrowed(parameter(p.bias, p.bias_dtype, box.c0 + c, 0));
+#if TANGENT
+      scales[c].tweight = narrowed(parameter(p.tweight, p.tweight_dtype, box.c0 + c, 0));
+      scales[c].tbias = narrowed(parameter(p.tbias, p.tbias_dtype, box.c0 + c, 0));
+#endif
     }
   }
+  static __device__ __forceinline__ real narrowed(double v) { return REAL_IS_DOUBLE ? (real)v : (real)narrow(v); }
   __device__ void fill_centres(const Box& box, const Statistics& statistics) {
     for (int u = threadIdx.x; u < box.ns * box.groups; u += blockDim.x) centres[u] = Centre(statistics, u);
   }
@@ -254,19 +282,18 @@ template <class From> struct Normalization {
   const Statistics statistics;
   const Tables tables;
   const Box& box;
-  const void *weight, *bias;
-  const int weight_dtype, bias_dtype;
   const Divisor by_group;
 
-  __device__ __forceinline__ Normalization(const From& x, const Statistics& statistics, const Tables& tables, const Box& box,
-                                           const void* weight, int weight_dtype, const void* bias, int bias_dtype)
-      : x(x), statistics(statistics), tables(tables), box(box), weight(weight), bias(bias), weight_dtype(weight_dtype),
-        bias_dtype(bias_dtype), by_group(box.group_channels) {}
+  __device__ __forceinline__ Normalization(const From& x, const Statistics& statistics, const Tables& tables, const Box& box)
+      : x(x), statistics(statistics), tables(tables), box(box), by_group(box.group_channels) {}
 
   typedef Affine Entry;
+  struct Exact {
+    double mean, low, rstd, weight, bias;
+  };
   typedef const x_t* Input;
-  struct Values {
-    real x[VY];
+  template <int K> struct Values {
+    Pack<x_t, K> x;
   };
 
   __device__ __forceinline__ int unit(int n, int c) const {
@@ -275,32 +302,26 @@ template <class From> struct Normalization {
   __device__ __forceinline__ Affine entry(int n, int c) const {
     const Centre centre = tables.centres[unit(n, c)];
     const Scale scale = tables.scales[c];
-    return {centre.high, centre.low, scale.weight * centre.rstd, scale.bias};
+    return {centre.high, centre.low, scale.times(centre.rstd), scale.bias};
   }
   __device__ __forceinline__ bool slow(const Affine& entry) const { return !REAL_IS_DOUBLE && entry.scale != entry.scale; }
+  __device__ __forceinline__ Exact exact_entry(int n, int c) const {
+    const int u = unit(n, c);
+    return {statistics.mean[u], statistics.low[u], statistics.rstd[u], exactly(tables.scales[c].weight),
+            exactly(tables.scales[c].bias)};
+  }
 
   __device__ __forceinline__ const x_t* input(int n, int r) const { return x.row(n, r); }
-  __device__ __forceinline__ Values load(const x_t* from, int e, int, int, int) const {
-    const x_t* p = from + e;
-    const Pack<x_t, VY> pack = load_pack<x_t, VY>(p, (size_t)p % (VY * sizeof(x_t)) == 0);
-    Values values;
-#pragma unroll
-    for (int k = 0; k < VY; ++k) values.x[k] = to_real<X_DTYPE>(pack.element[k]);
-    return values;
+  template <int K> __device__ __forceinline__ void load(Values<K>& values, const x_t* from, int e, int, int, int) const {
+    values.x = load_pack<x_t, K>(from + e, (size_t)(from + e) % (K * sizeof(x_t)) == 0);
   }
-  __device__ __forceinline__ real value(const Affine& entry, real x) const {
-    return activate(fma((x - entry.high) - entry.low, entry.scale, entry.shift));
+  template <int K> __device__ __forceinline__ real fast(const Affine& entry, const Values<K>& values, int k) const {
+    const real d = (to_real<X_DTYPE>(values.x.element[k]) - entry.high) - entry.low;
+    return activate(fma(d, entry.scale, entry.shift));
   }
-  __device__ __forceinline__ real fast(const Affine& entry, const Values& values, int k) const {
-    return value(entry, values.x[k]);
-  }
-  __device__ __forceinline__ real fast_one(const Affine& entry, const x_t* from, int e, int, int, int) const {
-    return value(entry, to_real<X_DTYPE>(from[e]));
-  }
-  __device__ double exact(int n, int c, const x_t* from, int e, int, int) const {
-    const int u = unit(n, c);
-    const double x_hat = ((to_double<X_DTYPE>(from[e]) - statistics.mean[u]) - statistics.low[u]) * statistics.rstd[u];
-    const double z = fma(x_hat, parameter(weight, weight_dtype, box.c0 + c, 1), parameter(bias, bias_dtype, box.c0 + c, 0));
+  template <int K> __device__ __forceinline__ double exact(const Exact& entry, const Values<K>& values, int k) const {
+    const double d = (to_double<X_DTYPE>(values.x.element[k]) - entry.mean) - entry.low;
+    const double z = fma(d * entry.rstd, entry.weight, entry.bias);
     return ACTIVATION == IDENTITY ? z : (double)activate((real)z);
   }
 };

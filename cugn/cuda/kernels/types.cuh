@@ -4,7 +4,7 @@
 // float16 by the hardware's cvt (which has no flushing for 16-bit operands) or, where PTX cannot run (a CPU build), by
 // integer operations that give the same bits. 16-bit values travel as unsigned short: no CUDA header is needed.
 //
-// Options: X_DTYPE (x and dy), Y_DTYPE (y and dx), each one of the names below.
+// Options: X_DTYPE (x and dy), Y_DTYPE (y and dx), each one of the names below; REAL_IS_DOUBLE.
 #define FLOAT16 0
 #define BFLOAT16 1
 #define FLOAT32 2
@@ -24,13 +24,12 @@ template <> struct Storage<INT16> { typedef short type; };
 typedef Storage<X_DTYPE>::type x_t;
 typedef Storage<Y_DTYPE>::type y_t;
 
-// Arithmetic of the elements: float32 unless float64 arrays are at hand (float64 runs at 1/64 of the speed on many GPUs).
-#if X_DTYPE == FLOAT64 || Y_DTYPE == FLOAT64
+// Arithmetic of the elements: float32 unless float64 arrays or weights are at hand, or exact moments are asked for (float64
+// runs at 1/64 of the speed on many GPUs).
+#if REAL_IS_DOUBLE
 typedef double real;
-#define REAL_IS_DOUBLE 1
 #else
 typedef float real;
-#define REAL_IS_DOUBLE 0
 #endif
 
 // Elements of a 16-byte vector of x, and of y.
