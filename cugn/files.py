@@ -339,7 +339,7 @@ def normalize_file(
     batch_axis: int | tuple[int, ...] | None = 0,
     activation: str | None = None,
     dtype: Any = None,
-    memory: int = 512 << 20,
+    memory: int = 256 << 20,
     stats: str | os.PathLike[str] | None = None,
     save_stats: str | os.PathLike[str] | None = None,
     threads: int | None = None,
@@ -357,7 +357,7 @@ def normalize_file(
     dtype : dtype, optional
         Of the target: float16, float32 or float64. The source's, or float32 for integers.
     memory : int, optional
-        Bytes that the process shall not exceed, interpreter and compiled code (about 250 MB) included.
+        Bytes that blocks may take.
     stats : path, optional
         Statistics of an earlier run (see `save_stats`), applied in place of the file's own.
     save_stats : path, optional
@@ -453,8 +453,6 @@ class _Job:
         """Normalize, and tell the number of passes that it took."""
         plan, itemsize = self.plan, self.source.dtype.itemsize
         statistics = None if stats is None else self._load(Path(stats))
-        group_norm(np.zeros((1, plan.C), self.x_dtype), self.groups)  # so that the engine's memory is counted now
-        free = memory - _resident()
         copies = COPIES * max(self.dtype.itemsize, self.x_dtype.itemsize, itemsize) // itemsize
 
         def largest(blocks: Sequence[Index]) -> int:
@@ -465,13 +463,14 @@ class _Job:
         if statistics is None and save_stats is None:
             not_batch = [axis for axis in range(len(plan.shape)) if axis not in plan.batch_axes]
             samples = list(self.source.blocks(BLOCK_BYTES, not_batch))
-            if largest(samples) <= free:
+            if largest(samples) <= memory:
                 passes, blocks = 1, samples
         needed = largest(blocks)
-        if needed > free:
-            wanted = _size(memory - free + needed)
-            raise FileError(f"{self.path}: {_size(memory)} of memory are too little: a block of it takes {wanted}")
-        threads = max(1, min(self.threads, free // max(needed, 1)))
+        if needed > memory:
+            raise FileError(
+                f"{self.path}: {_size(needed - memory)} more memory are needed: a block of it takes {_size(needed)}"
+            )
+        threads = max(1, min(self.threads, memory // max(needed, 1)))
         with _Progress(progress, passes * plan.size * itemsize) as bar, ThreadPoolExecutor(threads) as pool:
             if statistics is None and passes == 2:
                 part = self._moments(pool, blocks, bar)
@@ -740,6 +739,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Do what the command line asks for, and give the exit status."""
     start = time.perf_counter()
+    group_norm(np.zeros((1, 2), np.float32), 1)  # so that the memory of the engine and its compiled code is counted
     try:
         weight, bias = (None if path is None else _vector(path) for path in (options.weight, options.bias))
         passes = normalize_file(
@@ -753,7 +753,7 @@ def run(options: argparse.Namespace) -> int:
             batch_axis=options.batch_axis,
             activation=options.activation,
             dtype=options.dtype,
-            memory=options.memory,
+            memory=max(0, options.memory - _resident()),
             stats=options.stats,
             save_stats=options.save_stats,
             threads=options.threads,

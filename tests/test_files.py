@@ -33,7 +33,7 @@ AXES = {
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "BLOCK_BYTES", 4000)  # 115 kB of float32 are some 30 blocks
-    monkeypatch.setattr(files, "_resident", lambda: 0)  # pytest itself may be larger than the budget
+    monkeypatch.setattr(files, "_resident", lambda: 0)  # pytest itself may be larger than the command's budget
 
 
 @pytest.fixture
@@ -88,7 +88,9 @@ def test_a_sample_larger_than_memory_takes_two_passes(tmp_path: Path, x: Any) ->
     assert files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", 4, memory=memory) == 2
     check(np.load(tmp_path / "y.npy"), cugn.group_norm(x, 4))
     assert files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", 4, memory=10 * memory) == 1
-    with pytest.raises(files.FileError, match=r"10 kB of memory are too little: a block of it takes 1[0-9.]* kB"):
+    with pytest.raises(
+        files.FileError, match=r"x.npy: [0-9.]* kB more memory are needed: a block of it takes 1[0-9.]* kB"
+    ):
         files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", 4, memory=10_000)
 
 
@@ -233,7 +235,7 @@ def test_errors_are_one_line(tmp_path: Path, x: Any, capsys: pytest.CaptureFixtu
         ("x.npy", ("--stats", tmp_path / "other.npz"), "other.npz: not a file of statistics"),
         ("x.npy", ("--stats", tmp_path / "text.npy"), "text.npy: not a file of statistics"),
         ("x.npy", ("--stats", tmp_path / "shape.npz"), "shape.npz: holds statistics of shape (5, 4)"),
-        ("x.npy", ("--memory", "1kB"), "x.npy: 1 kB of memory are too little"),
+        ("x.npy", ("--memory", "1kB"), "kB more memory are needed"),
     ]
     for name, options, message in cases:
         code, error = status(capsys, tmp_path / name, y, "--quiet", "--groups", 4, *options)
