@@ -83,7 +83,7 @@ def _resolve(
         if name == "out" and library in ("dask", "jax"):
             raise TypeError(f"out is from {library}, whose arrays are not written in place: leave it out")
         device = spec[4] if len(spec) > 4 else None
-        if device is not None and device != x[4]:
+        if device is not None and library != "dask" and device != x[4]:  # a Dask array does not tell its device
             raise ValueError(f"{name} is on device {device} and x on device {x[4]}: all arrays must be on one device")
     plan = Plan.of(
         Spec(*x),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import cuda_on_cpu
 import numpy as np
 import pytest
+from libraries import LIBRARIES
 
 import cugn
 
@@ -266,7 +268,7 @@ def test_nan_and_empty_groups_stay_by_themselves(dtype: Any) -> None:
     assert np.isnan(got).tolist() == np.isnan(wanted).tolist()
 
 
-@pytest.mark.parametrize("chunks", CHUNKINGS.values(), ids=CHUNKINGS)
+@pytest.mark.parametrize("chunks", [CHUNKINGS["batch"], CHUNKINGS["channels inside groups"], (2, 6, 4, 5)])
 def test_jvp_and_double_backward(chunks: Any) -> None:
     x, dy, weight, bias, where = data(np.float64, offset=0)
     ddx = np.random.default_rng(5).normal(size=SHAPE)
@@ -336,7 +338,7 @@ def test_nothing_is_computed_before_compute(monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("moments", "normalize", "backward_sums", "backward_apply"):
         monkeypatch.setattr(f"cugn.parts.{name}", forbidden)
     x, _, weight, bias, where = data(np.float32)
-    for chunks in CHUNKINGS.values():
+    for chunks in (CHUNKINGS["batch"], CHUNKINGS["channels between groups"], (2, 6, 4, 5)):
         source = da.from_array(x, chunks).map_blocks(forbidden, dtype=x.dtype, meta=x[:0, :0, :0, :0])
         results = [
             *cugn.group_norm_forward(source, 4, weight, bias, where=where),
@@ -399,6 +401,46 @@ def test_chunks_without_elements() -> None:
     grads = cugn.group_norm_backward(dy, x, 4, weight)
     got = same_kind(cugn.group_norm_backward(lazy_dy, lazy_x, 4, weight), grads, lazy_x)
     check_backward(got, grads, 4 * np.abs(dy).sum((0, 2, 3)).max())
+
+
+def on_numpy(array: Any, library: Any) -> Any:
+    """Values of a Dask array, by its blocks: the emulator has none of CuPy's own kernels to join them."""
+    blocks = array.to_delayed()
+    values = np.empty(blocks.shape, object)
+    for index, block in zip(np.ndindex(blocks.shape), dask.compute(*blocks.ravel()), strict=True):
+        assert type(block) is type(array._meta)
+        values[index] = library.numpy(block)
+    return np.block(values.tolist())
+
+
+def check_cupy(library: Any, chunks: Any) -> None:
+    x, dy, weight, bias, _ = data(np.float32)
+    lazy_x, lazy_dy = (da.from_array(library.array(a), chunks, asarray=False) for a in (x, dy))
+    weight_there = library.array(weight)
+    got = cugn.group_norm_forward(lazy_x, 4, weight_there, library.array(bias))
+    assert all(type(field._meta) is type(weight_there) for field in got)
+    check_forward(
+        [on_numpy(field, library) for field in got], cugn.group_norm_forward(x, 4, weight, bias), weight, bias
+    )
+    grads = cugn.group_norm_backward(lazy_dy, lazy_x, 4, weight_there)
+    wanted = cugn.group_norm_backward(dy, x, 4, weight)
+    assert np.abs(on_numpy(grads.dx, library) - wanted.dx).max() <= bounds(wanted.dx, np.abs(wanted.dx).max(), 4)
+    if library.name == "cupy":
+        check_backward([on_numpy(grad, library) for grad in grads], wanted, 4 * np.abs(dy).sum((0, 2, 3)).max())
+
+
+@pytest.mark.parametrize("chunks", [CHUNKINGS["batch"], CHUNKINGS["channels between groups"]])
+def test_cupy_chunks_on_the_emulator(chunks: Any) -> None:
+    """Whole groups in a chunk: the calls of the CUDA engine, arrays that stay on their device."""
+    if cuda_on_cpu.REASON is not None:
+        pytest.skip(cuda_on_cpu.REASON)
+    with cuda_on_cpu.emulated() as library:
+        check_cupy(library, chunks)
+
+
+@pytest.mark.parametrize("chunks", [CHUNKINGS["batch"], CHUNKINGS["everything"]])
+def test_cupy_chunks(chunks: Any) -> None:
+    check_cupy(LIBRARIES["cupy"](), chunks)
 
 
 def test_out_is_refused() -> None:
