@@ -14,7 +14,7 @@ from ..plan import Plan
 from . import config
 from .compile import Specialisation, device_properties, kernel
 from .config import Box, Problem
-from .strided import DTYPES, contiguous, dense_strides, dtype_of, float64, mask_arguments, name_of
+from .strided import DTYPES, contiguous, dense_strides, dtype_of, float64, grouping, mask_arguments, name_of
 
 __all__ = ["backward", "forward", "jvp", "moments", "normalize", "serves"]
 
@@ -25,7 +25,6 @@ def serves(plan: Plan, operation: str) -> bool:
     """What the kernels do; the reference does the rest."""
     return (
         operation in ("forward", "backward", "jvp", "moments", "normalize")
-        and plan.labels is None
         and plan.layout is not None
         and plan.layout.kind == "dense"
     )
@@ -36,7 +35,7 @@ def forward(plan: Plan, x: Array, weight: Array, bias: Array, where: Array, out:
     with x.device:
         call = _Call.of(plan, {"x": x}, out, where)
         mean, rstd = call.empty_statistics(), call.empty_statistics()
-        box = config.resident_box(call.problem, call.device)
+        box = call.resident_box()
         if box is not None:
             y = call.array("y")
             call.launch(
@@ -178,6 +177,21 @@ class _Call:
         mask = mask_arguments(where, plan) if where is not None else ()
         return cls(plan, arrays, out, mask, problem, device_properties(x.device.id))
 
+    def resident_box(self) -> Box | None:
+        """Box of whole groups, if they fit in shared memory; labelled groups are put together from their channels."""
+        return None if self.plan.labels is not None else config.resident_box(self.problem, self.device)
+
+    def labels(self) -> tuple[Any, ...]:
+        """Arguments (labels, labelled)."""
+        if self.plan.labels is None:
+            return (self.arrays["x"][0].view(np.int8), np.int32(0))
+        return (grouping(self.plan)[0], np.int32(1))
+
+    def grouping(self) -> tuple[Any, ...]:
+        """Arguments (order, bounds)."""
+        placeholder = self.arrays["x"][0].view(np.int8)
+        return (placeholder, placeholder) if self.plan.labels is None else grouping(self.plan)[1:]
+
     def array(self, name: str) -> tuple[Any, ...]:
         """Arguments of an array."""
         array, sn, so = self.arrays[name]
@@ -259,7 +273,7 @@ class _Call:
         tangents = (*self.parameter(tweight), *self.parameter(tbias))
         arrays = (*self.array("x"), *self.array("v"))
         given = self.statistics(rstd) if rstd is not None else None
-        box = config.resident_box(p, self.device)
+        box = self.resident_box()
         if box is not None:
             sums = config.channel_sums(p, box)
             partial = cupy.empty((sums.rows, p.C, 2), np.float64 if p.real == 8 else np.float32)
@@ -313,7 +327,7 @@ class _Call:
         means, lows, rstds, along, offset, count = (self.empty_statistics() for _ in range(6))
         # An activation's slope needs x_hat, and so the statistics, before the sums. So does the dweight of a channel of
         # few elements, whose mean may be far nearer to them than the box's is.
-        known = (plan.activation is not None and not p.tangent) or box.rows * box.columns < config.FEW_OF_CHANNEL
+        known = plan.labels is not None or (plan.activation is not None and not p.tangent) or box.rows * box.columns < config.FEW_OF_CHANNEL
         if known:
             self.merged_moments(means, low=lows, rstd=rstds, elements=count)
             if rstd is not None:
@@ -325,16 +339,17 @@ class _Call:
             "backward_sums",
             box,
             (*_ints(box.group_team, box.channel_team), *arrays, *parameters),
-            (means, lows, rstds, np.int32(known), moments, sums, *self.where),
+            (means, lows, rstds, np.int32(known), np.int32(plan.G), *self.labels(), moments, sums, *self.where),
             config.backward_bytes(box, p),
         )
         channel_sums = cupy.empty((p.N, p.C, 2), np.float64)
         threads, team = config.merge_channel_threads(p.D, box.spatial_parts)
         kernel(self.specialisation("backward"), "merge_backward", 0)(
-            (p.N * p.G,),
+            (p.N * plan.G,),
             (threads,),
             (
-                *_ints(p.C, p.D, box.channels, box.parts, box.spatial_parts, team),
+                *(*_ints(p.C, p.D, plan.G), *self.grouping(), *_ints(plan.labels is not None)),
+                *_ints(box.channels, box.parts, box.spatial_parts, team),
                 *(moments, sums, *self.parameter(weight), np.float64(plan.eps)),
                 *(rstds if rstd is None else rstd, *_ints(rstd is not None, known)),
                 *(means, lows, rstds, along, offset, count, channel_sums),
@@ -346,7 +361,10 @@ class _Call:
             "backward_apply",
             box,
             (*arrays, *parameters, *tangents),
-            (means, lows, rstds, along, offset, count, *self.array("y"), *self.where),
+            (
+                *(means, lows, rstds, along, offset, count, np.int32(plan.G), *self.labels()),
+                *(*self.array("y"), *self.where),
+            ),
             config.backward_apply_bytes(box, p),
         )
         return channel_sums
@@ -371,17 +389,27 @@ class _Call:
         self.launch("forward", "moments", box, _ints(box.group_team), (*self.array("x"), partial, *self.where), shared)
         threads, team = config.merge_threads(box.parts)
         groups = p.N * p.G
+        results = [a if a is not None else partial for a in (mean, low, rstd, elements, m2)]
+        results.append(count if count is not None else partial.view(np.int64))
+        what = 1 if rstd is None else 0
+        channels = cupy.empty((p.N, p.C, 4), np.float64) if plan.labels is not None else None
         kernel(self.specialisation("forward"), "merge_moments", 0)(
             (-(-groups * team // threads),),
             (threads,),
             (
                 *(partial, np.int64(groups), *_ints(p.G, box.parts, team), np.float64(plan.eps)),
-                *_ints(rstd is None),
-                *(a if a is not None else partial for a in (mean, low, rstd, elements, m2)),
-                count if count is not None else partial.view(np.int64),
+                *(_ints(what) if channels is None else _ints(2)),
+                *(results if channels is None else [channels, *results[1:]]),
             ),
             shared_mem=8 * config.SCRATCH_DOUBLES,
         )
+        if channels is not None:
+            kernel(self.specialisation("forward"), "merge_labels", 0)(
+                (p.N * plan.G,),
+                (config.LABEL_THREADS,),
+                (channels, *_ints(p.C, plan.G), *self.grouping(), np.float64(plan.eps), *_ints(what), *results),
+                shared_mem=8 * config.SCRATCH_DOUBLES,
+            )
         return box
 
     def apply(self, box: Box, mean: Array, low: Array, rstd: Array, weight: Array, bias: Array) -> None:
@@ -392,7 +420,7 @@ class _Call:
             box,
             (*self.array("x"), mean, mean if low is None else low, *_ints(low is not None), rstd),
             (
-                *(np.int32(self.plan.G), mean.view(np.int32), np.int32(0)),
+                *(np.int32(self.plan.G), *self.labels()),
                 *(*self.parameter(weight), *self.parameter(bias), *self.array("y")),
             ),
             config.apply_bytes(box, self.problem),

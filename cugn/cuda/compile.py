@@ -19,7 +19,7 @@ HEADERS = ("types.cuh", "box.cuh", "activation.cuh", "moments.cuh")
 """In front of every kernel file: NVRTC then needs no include path, and CuPy's cache key covers them."""
 
 KERNELS = {
-    "forward": ("forward", "moments", "merge_moments", "apply_statistics"),
+    "forward": ("forward", "moments", "merge_moments", "merge_labels", "apply_statistics"),
     "backward": (
         *("backward", "backward_sums", "merge_backward", "backward_apply"),
         "parameter_gradients",
@@ -79,8 +79,10 @@ def specialisations() -> list[Specialisation]:
         if double or "float64" not in (x, y):
             found.append(Specialisation("forward", x, y, activation, masked, same_channel, False, double))
             if x == y:
-                for tangent in (False, True):
-                    found.append(Specialisation("backward", x, y, activation, masked, same_channel, tangent, double))
+                found += [
+                    Specialisation("backward", x, y, activation, masked, same_channel, tangent, double)
+                    for tangent in (False, True)
+                ]
     return found
 
 

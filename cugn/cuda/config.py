@@ -42,6 +42,9 @@ what a box writes for the merge (32 bytes a group) stays below 1 % of what it re
 MOST_THREADS = 512
 """As in the kernels' launch bounds: 128 registers a thread, enough for the float64 paths without spills."""
 
+LABEL_THREADS = 128
+"""Threads that merge the channels of one labelled group."""
+
 SCRATCH_DOUBLES = 64
 RESERVED_SHARED = 1 << 10
 """What the driver keeps of a block's shared memory."""
@@ -194,6 +197,8 @@ def split_box(problem: Problem, device: Device) -> Box:
     if p.inner >= elements:  # a stretch of one channel
         columns = _round_up(_even(p.inner, elements), 64)
         return _box(p, 1, 1, 1, min(columns, p.inner))
+    if p.outer == 1 and p.D * p.inner <= elements:  # whole groups
+        return _box(p, 1, 1, p.D * (elements // (p.D * p.inner)), p.inner)
     if p.outer == 1:  # some channels of one group
         return _box(p, 1, 1, min(p.D, _even(p.D, max(1, elements // p.inner))), p.inner)
     channels = _channels_for_whole_sectors(p) if p.D > 1 else p.D

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from ..layout import Layout
 from ..plan import Plan
 from .compile import Specialisation, kernel
 
-__all__ = ["DTYPES", "contiguous", "copy", "dense_strides", "dtype_of", "float64", "mask_arguments", "name_of"]
+__all__ = ["DTYPES", "contiguous", "copy", "dense_strides", "dtype_of", "float64", "grouping", "mask_arguments", "name_of"]
 
 Array = Any
 
@@ -116,6 +117,29 @@ def mask_arguments(where: Array, plan: Plan) -> tuple[Any, ...]:
         sample = math.prod((layout.outer, layout.C, layout.inner))
         where, strides = dense, [sample, layout.C * layout.inner, layout.inner, 1]
     return (where, *(np.int64(s) for s in strides if s is not None))
+
+
+def grouping(plan: Plan) -> tuple[Array, Array, Array]:
+    """Group of each channel, channels by group, and the bounds of the groups in them, int32 on the current device."""
+    import cupy
+
+    return _uploaded(plan, cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream().ptr)
+
+
+@lru_cache(maxsize=64)
+def _uploaded(plan: Plan, device: int, stream: int) -> tuple[Array, Array, Array]:
+    """The plan's grouping, once for each stream: the kernels that read it come after the copy in the same stream.
+
+    The one copy from the host in the engine; it is made by the first call of a plan, which therefore cannot be captured.
+    """
+    import cupy
+
+    def uploaded(values: Any) -> Array:
+        array = cupy.empty(values.shape, np.int32)
+        array.set(values.astype(np.int32))
+        return array
+
+    return uploaded(plan.labels), uploaded(plan.channel_order), uploaded(plan.group_bounds)
 
 
 def _parts(layout: Layout, ndim: int, shape: Sequence[int]) -> tuple[Sequence[int], ...]:

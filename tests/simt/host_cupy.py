@@ -339,6 +339,12 @@ def _ascontiguousarray(array: Any, dtype: Any = None) -> Any:
     return array.astype(wanted, order="C")
 
 
+def _set(self: Any, array: np.ndarray, stream: Any = None) -> None:
+    to_host(self)[...] = array
+    _written(self)
+    _log("cupy.set", self.nbytes)
+
+
 def _get(self: Any, *_: Any, **__: Any) -> np.ndarray:
     raise AssertionError("the library reads the device's memory, and waits for it")
 
@@ -374,6 +380,7 @@ def installed(*devices: Properties) -> Iterator[None]:
             "__setitem__": _setitem,
             "astype": _astype,
             "copy": _copy,
+            "set": _set,
             "get": _get,
         },
     }

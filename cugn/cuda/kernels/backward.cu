@@ -328,11 +328,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
 // One block a box of one sample, which may be a part of a group. Writes the sums of v and of v (x - mean of the box) of
 // each channel, sums: (N, spatial parts, C, 2); and the moments of each group in the box, moments: (N, parts, G, 4).
-// With have_statistics, (N, G), it is v x_hat under them, and no moments are written.
+// With have_statistics, (N, G), it is v x_hat under them, and no moments are written; labels, the group of each channel,
+// need them (labelled).
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     backward_sums(BOX_PARAMETERS, const int group_team, const int channel_team, const x_t* x, const long long x_sn,
                   const long long x_so, const x_t* dy, const long long dy_sn, const long long dy_so, PARAMETERS, const double* mean, const double* low,
-                  const double* rstd, const int have_statistics, double* moments, double* sums MASK_PARAMETERS) {
+                  const double* rstd, const int have_statistics, const int G, const int* labels, const int labelled,
+                  double* moments, double* sums MASK_PARAMETERS) {
   const Work work(samples, rows, channels, columns, D, pitch, flat);
   const Box box(BOX_ARGUMENTS, blockIdx.x);
   Tables tables = work.tables;
@@ -346,9 +348,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if MASKED
   mask.fill(work.mask, where, where_sn, where_so, where_sc, where_si, box);
 #endif
-  const int units = box.groups, G = C / D;
+  const int units = box.groups;
   if (have_statistics) {
-    work.statistics.load(mean, low, 1, rstd, G, nullptr, 0, box);
+    work.statistics.load(mean, low, 1, rstd, G, labels, labelled, box);
     tables.fill_centres(box, work.statistics);
   }
   __syncthreads();
@@ -388,17 +390,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 }
 
 // One block a group of a sample: its statistics and coefficients, (N, G), and the sums of v and v x_hat of its channels,
-// channel_sums: (N, C, 2), from those of its boxes. See backward_sums.
+// channel_sums: (N, C, 2), from those of its boxes. See backward_sums. Labelled groups as in merge_labels, where the
+// order of the channels changes no bit.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    merge_backward(const int C, const int D, const int channels, const int parts, const int spatial_parts, const int team,
+    merge_backward(const int C, const int D, const int G, const int* order, const int* bounds, const int labelled, const int channels, const int parts, const int spatial_parts, const int team,
                    const double* moments, const double* sums, const void* weight, const int weight_dtype, const double eps,
                    const double* rstd_given, const int have_rstd, const int have_statistics,
                    double* mean, double* low, double* rstd, double* along, double* offset, double* count,
                    double* channel_sums) {
   double* scratch = shared;
-  const int G = C / D;
   const long long n = blockIdx.x / G;
   const int g = (int)(blockIdx.x - n * G), lane = threadIdx.x & (team - 1), teams = blockDim.x / team;
+  const int group_channels = labelled ? bounds[g + 1] - bounds[g] : D;
+  const auto channel = [&](int k) { return labelled ? order[bounds[g] + k] : g * D + k; };
   double mean_g, low_g, rstd_g, count_g;
   const double* of_group = moments + 4 * (n * parts * G + g);
   if (have_statistics) {
@@ -415,10 +419,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   }
   const int parts_of_channels = parts / spatial_parts;
   Pair group = {0, 0};
-  for (int first = 0; first < D; first += teams) {
-    const int k = first + threadIdx.x / team, c = g * D + k;
+  for (int first = 0; first < group_channels; first += teams) {
+    const int k = first + threadIdx.x / team, c = k < group_channels ? channel(k) : 0;
     Pair sum = {0, 0};
-    if (k < D) {
+    if (k < group_channels) {
       for (int p = lane; p < spatial_parts; p += team) {
         const double* q = sums + 2 * ((n * spatial_parts + p) * C + c);
         double sum_v_x_hat = q[1];
@@ -432,7 +436,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       }
     }
     sum = team_sum(sum, team, scratch);
-    if (k < D && lane == 0) {
+    if (k < group_channels && lane == 0) {
       if (!have_statistics) sum.b *= rstd_g;
       channel_sums[2 * (n * C + c)] = sum.a;
       channel_sums[2 * (n * C + c) + 1] = sum.b;
@@ -441,7 +445,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       group.b = fma(w, sum.b, group.b);
     }
   }
-  group = team_sum(group, blockDim.x, scratch);
+  if (labelled) {
+    __syncthreads();  // the sums of all channels are there
+    const auto weighted = [&](int k, int which) {
+      const double w = TANGENT ? 1 : parameter(weight, weight_dtype, channel(k), 1);
+      return w * channel_sums[2 * (n * C + channel(k)) + which];
+    };
+    group.a = sum_in_any_order(group_channels, threadIdx.x, blockDim.x, scratch, [&](int k) { return weighted(k, 0); });
+    group.b = sum_in_any_order(group_channels, threadIdx.x, blockDim.x, scratch, [&](int k) { return weighted(k, 1); });
+  } else {
+    group = team_sum(group, blockDim.x, scratch);
+  }
   if (threadIdx.x == 0) {
     const GroupCoefficients coefficients(group, rstd_g, count_g);
     along[n * G + g] = coefficients.along;
@@ -460,14 +474,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     backward_apply(BOX_PARAMETERS, const x_t* x, const long long x_sn, const long long x_so, const x_t* dy,
                    const long long dy_sn, const long long dy_so, PARAMETERS, TANGENTS,
                    const double* mean, const double* low, const double* rstd, const double* along, const double* offset,
-                   const double* count, y_t* dx, const long long dx_sn, const long long dx_so MASK_PARAMETERS) {
+                   const double* count, const int G, const int* labels, const int labelled, y_t* dx, const long long dx_sn, const long long dx_so MASK_PARAMETERS) {
   const Work work(samples, rows, channels, columns, D, 0, 0);
   const Box box(BOX_ARGUMENTS, blockIdx.x);
   Tables tables = work.tables;
   tables.fill_scales(box, PARAMETER_ARGUMENTS);
-  work.statistics.load(mean, low, 1, rstd, C / D, nullptr, 0, box);
+  work.statistics.load(mean, low, 1, rstd, G, labels, labelled, box);
   for (int u = threadIdx.x; u < box.groups; u += blockDim.x) {  // each thread those that it loaded
-    const long long at = box.n0 * (C / D) + box.g0 + u;
+    const long long at = box.n0 * G + (labelled ? labels[box.g0 + u] : box.g0 + u);
     work.along[u] = along[at];
     work.offset[u] = offset[at];
     set_tables(work.statistics, work.along, work.offset, count[at], u, tables.centres, work.coefficients);

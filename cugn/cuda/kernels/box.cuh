@@ -153,7 +153,7 @@ template <class T> struct Shared {
     for (int v = threadIdx.x; v < segments * 2 * V; v += blockDim.x) {  // the ends of each stretch
       const int s = v / (2 * V), n = box.ns == 1 ? 0 : by_rows.quotient(s), r = s - n * nr, start = head_of(n, r);
       const int edge = v & (2 * V - 1), past = (start + length) & (V - 1);  // elements after the last whole vector
-      const int e = edge < V ? edge - start : start + length < V ? length : length - past + edge - V;
+      const int e = edge < V ? edge - start : start > 0 && start + length < V ? length : length - past + edge - V;
       const int end = edge < V ? min(start == 0 ? 0 : V - start, length) : length;
       if (e >= 0 && e < end) data[index(n, r, e)] = from.row(n, r)[e];
     }
@@ -235,6 +235,25 @@ __device__ __forceinline__ double team_max(double v, int team, double* scratch) 
     for (int w = first + 1; w < first + warps; ++w) v = fmax(v, scratch[w]);
   }
   return v;
+}
+
+// Sum of value(0), ..., value(count - 1) over a team, the same bits in whatever order the values stand: each is cut into a
+// multiple of a step so large that no sum of them rounds, and once more for what is left. Error: 2^-100 of the largest.
+template <class Value> __device__ __forceinline__ double sum_in_any_order(int count, int lane, int team, double* scratch, Value value) {
+  double largest = 0;
+  for (int i = lane; i < count; i += team) largest = fmax(largest, fabs(value(i)));
+  largest = team_max(largest, team, scratch);
+  // Powers of two above the largest value times the count, and what is left of a value after the first cut times the count.
+  const double room = ldexp(1.0, 33 - __clz(count)), first = 1.5 * room * ldexp(1.0, ilogb(fmax(largest, 0x1p-900)) + 1);
+  const double second = first * room * 0x1p-52;
+  Pair sums = {0, 0};
+  for (int i = lane; i < count; i += team) {
+    const double v = value(i), cut = (v + first) - first, rest = v - cut;
+    sums.a += cut;
+    sums.b += (rest + second) - second;
+  }
+  sums = team_sum(sums, team, scratch);
+  return sums.a + sums.b;
 }
 
 // Whether it holds for any thread that shares a barrier with this one: a warp for small teams, else the block.

@@ -86,27 +86,72 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   }
 }
 
+__device__ __forceinline__ void write_moments(const Moments& m, long long group, double eps, int result, double* mean,
+                                              double* low, double* rstd, double* elements, double* m2, long long* count) {
+  mean[group] = m.mean;
+  if (result == 1) {
+    m2[group] = m.m2 / m.scale / m.scale;
+    count[group] = (long long)m.count;
+  } else {
+    low[group] = m.low;
+    rstd[group] = m.rstd(eps);
+    elements[group] = m.count;
+  }
+}
+
 // One team a group: merges the moments of its `parts`. Writes mean, low, rstd and the number of
-// elements; or mean, m2 and count (`unscaled`).
+// elements; or mean, m2 and count (result 1); or (result 2) to `mean` what `moments` writes of a part, (N, G, 4).
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     merge_moments(const double* partial, const long long groups_of_all, const int G, const int parts, const int team,
-                  const double eps, const int unscaled, double* mean, double* low, double* rstd, double* elements, double* m2,
+                  const double eps, const int result, double* mean, double* low, double* rstd, double* elements, double* m2,
                   long long* count) {
   const long long group = (long long)blockIdx.x * (blockDim.x / team) + threadIdx.x / team;
   const int lane = threadIdx.x & (team - 1), mine = group < groups_of_all ? parts : 0;
   const double* from = partial + 4 * ((group / G) * parts * G + group % G);
   const Moments m = merge_parts(from, 4ll * G, mine, lane, team, shared);
   if (lane == 0 && mine) {
-    mean[group] = m.mean;
-    if (unscaled) {
-      m2[group] = m.m2 / m.scale / m.scale;
-      count[group] = (long long)m.count;
+    if (result == 2) {
+      mean[4 * group] = m.mean;
+      mean[4 * group + 1] = m.low;
+      mean[4 * group + 2] = m.root();
+      mean[4 * group + 3] = m.count;
     } else {
-      low[group] = m.low;
-      rstd[group] = m.rstd(eps);
-      elements[group] = m.count;
+      write_moments(m, group, eps, result, mean, low, rstd, elements, m2, count);
     }
   }
+}
+
+// One block a group of a sample, of the channels order[bounds[g]] ... order[bounds[g + 1] - 1]: merges their moments,
+// channel_moments: (N, C, 4), and writes as merge_moments. The sums do not depend on the order of the channels, to the bit.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    merge_labels(const double* channel_moments, const int C, const int G, const int* order, const int* bounds,
+                 const double eps, const int result, double* mean, double* low, double* rstd, double* elements, double* m2,
+                 long long* count) {
+  double* scratch = shared;
+  const long long n = blockIdx.x / G;
+  const int g = (int)(blockIdx.x - n * G), channels = bounds[g + 1] - bounds[g];
+  const auto of = [&](int k) { return channel_moments + 4 * (n * C + order[bounds[g] + k]); };
+  const auto sum = [&](auto value) { return sum_in_any_order(channels, threadIdx.x, blockDim.x, scratch, value); };
+  Moments m;
+  m.count = sum([&](int k) { return of(k)[3]; });
+  // A power of two that keeps the squares in range, from the means and the spreads.
+  double largest = 0;
+  for (int k = threadIdx.x; k < channels; k += blockDim.x)
+    if (of(k)[3] > 0) largest = fmax(largest, fmax(fabs(of(k)[0]), of(k)[2]));
+  largest = team_max(largest, blockDim.x, scratch);
+  m.scale = largest > 1e-130 && largest < 1e130 ? 1 : to_unity(largest);
+  const double unit = m.scale;
+  const double centre = sum([&](int k) { return of(k)[3] > 0 ? of(k)[3] * (of(k)[0] * unit) : 0; }) / m.count;
+  const auto distance = [&](int k) { return (of(k)[0] * unit - centre) + of(k)[1] * unit; };
+  const double correction = sum([&](int k) { return of(k)[3] > 0 ? of(k)[3] * distance(k) : 0; }) / m.count;
+  m.m2 = sum([&](int k) {
+    const double d = distance(k) - correction, root = of(k)[2] * unit;
+    return of(k)[3] > 0 ? fma(root, root, of(k)[3] * (d * d)) : 0;
+  });
+  two_sum(centre, correction, m.mean, m.low);
+  m.mean /= unit;
+  m.low /= unit;
+  if (threadIdx.x == 0) write_moments(m, n * G + g, eps, result, mean, low, rstd, elements, m2, count);
 }
 
 // One block a box: x read once, y written once, under the statistics in mean, low (where have_low) and rstd, (N, G).
