@@ -82,12 +82,12 @@ class Diagnosis:
     batch_var_error: Values
 
     def __repr__(self) -> str:
-        """Table of the groups, the squashed channels, and batch norm's errors for comparison."""
+        """Table of the groups, batch norm's errors for comparison (medians of its channels), and the squashed ones."""
         C, G = len(self.labels), len(self.values)
         lines = [
             f"{C} channel{'s' * (C > 1)} in {G} group{'s' * (G > 1)}",
-            f"{'group':>5}  {'channels':<18}{'std before':>21}{'std after':>21}"
-            f"{'values':>9}{'effective':>10}{'mean ±':>9}{'var ±':>8}",
+            f"{'group':>5}  {'channels':<16}{'std before':>18}{'std after':>19}"
+            f"{'values':>9}{'effective':>10}{'mean ±':>8}{'var ±':>7}",
         ]
         shown = range(G) if G <= 16 else [*range(12), *range(G - 3, G)]
         for g in shown:
@@ -96,15 +96,15 @@ class Diagnosis:
             members = np.flatnonzero(self.labels == g)
             before, after = _span(self.std_before[members]), _span(self.std_after[members])
             lines.append(
-                f"{g:>5}  {_short(members):<18}{before:>21}{after:>21}"
-                f"{self.values[g]:>9.6g}{self.effective_values[g]:>10.4g}{self.mean_error[g]:>9.2g}"
-                f"{self.var_error[g]:>8.1%}"
+                f"{g:>5}  {_short(members):<16}{before:>18}{after:>19}"
+                f"{self.values[g]:>9.6g}{self.effective_values[g]:>10.4g}{self.mean_error[g]:>8.2g}"
+                f"{self.var_error[g]:>7.1%}"
             )
         if np.isfinite(self.batch_mean_error).any():
             lines.append(
                 f"batch norm, batch of {self.batch}: {np.mean(self.batch_values):.6g} values a channel, "
                 f"{np.nanmedian(self.batch_effective_values):.4g} effective, mean ± "
-                f"{np.nanmedian(self.batch_mean_error):.2g}, var ± {np.nanmedian(self.batch_var_error):.1%} (medians)"
+                f"{np.nanmedian(self.batch_mean_error):.2g}, var ± {np.nanmedian(self.batch_var_error):.1%}"
             )
         for channel, std, by in self.squashed[:8]:
             lines.append(f"channel {channel} is squashed to std {std:.2g} by channel {_short(np.array(by))}")

@@ -9,7 +9,6 @@ hand: it is read off `cugn` itself, by asking which cells change when one of the
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.colors import ListedColormap
 
 import cugn
 
@@ -41,21 +40,21 @@ def sharing(norm):
 
 
 # %%
-# Colours are numbered so that neighbours differ.
+# Each set gets a colour of its own.
 
-palette = ListedColormap(["#0072B2", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#D55E00", "#CC79A7"])
-fig, panels = plt.subplots(2, 3, figsize=(9, 3.3))
+fig, panels = plt.subplots(3, 2, figsize=(6.4, 4.9))
 for axes, (title, norm) in zip(panels.flat, norms.items(), strict=True):
     numbers = sharing(norm)
-    colours = numbers % 7 if numbers.max() < 14 else (numbers % C + 3 * (numbers // C)) % 7
-    axes.pcolormesh(colours, cmap=palette, vmin=0, vmax=6, edgecolor="white", linewidth=1.5)
+    sets = numbers.max() + 1
+    shuffled = np.random.default_rng(4).permutation(sets)
+    axes.pcolormesh(shuffled[numbers], cmap="turbo", vmin=-0.05 * sets, vmax=sets, edgecolor="white", linewidth=1.5)
     axes.set_aspect("equal")
     axes.invert_yaxis()
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    axes.set_title(title, family="monospace", fontsize=9, weight="normal")
-panels[0, 0].set_ylabel("samples")
-panels[1, 0].set_ylabel("samples")
-for axes in panels[1]:
+    axes.set_title(title, family="monospace", fontsize=9.5, weight="normal")
+for axes in panels[:, 0]:
+    axes.set_ylabel("samples")
+for axes in panels[-1]:
     axes.set_xlabel("channels")
 plt.show()
