@@ -105,7 +105,8 @@ def subprocess_environment(**variables: str) -> dict[str, str]:
 def threads(count: int) -> Iterator[None]:
     """Let the CPU engine use `count` threads."""
     if not hasattr(cugn, "set_num_threads"):
-        pytest.skip("no compiled engine here: the reference has one thread")
+        yield  # no compiled engine here: the reference has one thread
+        return
     before = cugn.get_num_threads()
     cugn.set_num_threads(count)
     try:
