@@ -327,7 +327,11 @@ class _Call:
         means, lows, rstds, along, offset, count = (self.empty_statistics() for _ in range(6))
         # An activation's slope needs x_hat, and so the statistics, before the sums. So does the dweight of a channel of
         # few elements, whose mean may be far nearer to them than the box's is.
-        known = plan.labels is not None or (plan.activation is not None and not p.tangent) or box.rows * box.columns < config.FEW_OF_CHANNEL
+        known = (
+            plan.labels is not None
+            or (plan.activation is not None and not p.tangent)
+            or box.rows * box.columns < config.FEW_OF_CHANNEL
+        )
         if known:
             self.merged_moments(means, low=lows, rstd=rstds, elements=count)
             if rstd is not None:

@@ -13,7 +13,17 @@ from ..layout import Layout
 from ..plan import Plan
 from .compile import Specialisation, kernel
 
-__all__ = ["DTYPES", "contiguous", "copy", "dense_strides", "dtype_of", "float64", "grouping", "mask_arguments", "name_of"]
+__all__ = [
+    "DTYPES",
+    "contiguous",
+    "copy",
+    "dense_strides",
+    "dtype_of",
+    "float64",
+    "grouping",
+    "mask_arguments",
+    "name_of",
+]
 
 Array = Any
 
