@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +108,45 @@ def _call(operation: str, dtype: str, activation: str | None, **settings: Any) -
     return operation, x, groups, operands, 1e-5, channel_axis, 0, activation
 
 
+def peers_part() -> str:
+    """Summary, figure and all cases of the comparison with other libraries that is stored in ``figures/peers.json``."""
+    stored = DOCS / "figures" / "peers.json"
+    if not stored.exists():
+        return (
+            "No measurement is stored with this source tree: `python asv_bench/peers.py --output docs/figures/peers`."
+        )
+    sys.path.insert(0, str(DOCS.parent / "asv_bench"))
+    import peers
+
+    measured = json.loads(stored.read_text())
+    rows, about = measured["cases"], measured["machine"]
+    peers.figure(rows, DOCS / "_static" / "peers.png", about)
+    libraries = tuple(name for name in peers.PEERS if any(name in row["seconds"] for row in rows))
+    cases = "\n".join([peers.heading(libraries), *(peers.line(row, libraries) for row in rows)])
+    return "\n".join(
+        [
+            "Measured with " + ", ".join(f"{name} {value}" for name, value in about.items()) + ".",
+            "",
+            peers.summary(rows),
+            "",
+            "```{image} _static/peers.png",
+            ":alt: Ratios of the time of the best other library, and of a copy, to the time of cugn, against size",
+            "```",
+            "",
+            "````{dropdown} All cases",
+            "```text",
+            cases,
+            "```",
+            "````",
+            "",
+        ]
+    )
+
+
 def make_parts(app: Any) -> None:
     """Write all parts."""
     write("guide/paths.inc.md", serving_table())
+    write("peers.inc.md", peers_part())
 
 
 def setup(app: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
+import cuda_on_cpu
 import numpy as np
 import pytest
 
@@ -65,18 +66,29 @@ def missing_modules(source: str) -> list[str]:
     missing = [name for name in sorted(names) if importlib.util.find_spec(name) is None]
     if "dask" in names and importlib.util.find_spec("cugn.dask") is None:
         missing.append("cugn.dask")
-    if "cupy" in names - set(missing):
-        import cupy
-
-        if not cupy.is_available():
-            missing.append("a GPU for cupy")
     return missing
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU, or the emulator in its place."""
+    cupy = pytest.importorskip("cupy", reason="CuPy is not installed")
+    if cupy.is_available():
+        yield
+    elif cuda_on_cpu.REASON:
+        pytest.skip(cuda_on_cpu.REASON)
+    else:
+        with cuda_on_cpu.emulated() as library:
+            monkeypatch.setattr(cupy, "asarray", library.array)
+            yield
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if any(b.language == "python" for b in blocks_of(p))], ids=name_of)
-def test_code_blocks_run(page, tmp_path, monkeypatch):
+def test_code_blocks_run(page, tmp_path, monkeypatch, request):
     """In one namespace a page, in order; comments behind print() and text blocks behind a block are its output."""
     monkeypatch.chdir(tmp_path)
+    if page.name == "gpu.md":
+        request.getfixturevalue("gpu")
     namespace: dict[str, object] = {"__name__": "__main__"}
     without = []
     for block in blocks_of(page):
