@@ -10,11 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from ..plan import Plan
+from ..plan import FLOATS, Plan
 from . import config
 from .compile import Specialisation, device_properties, kernel
 from .config import Box, Problem
-from .strided import DTYPES, contiguous, dense_strides, dtype_of, float64, grouping, mask_arguments, name_of
+from .strided import (
+    DTYPES,
+    contiguous,
+    copy,
+    dtype_of,
+    float64,
+    grouping,
+    like,
+    mask_arguments,
+    name_of,
+    pieces,
+)
 
 __all__ = ["backward", "forward", "jvp", "moments", "normalize", "serves"]
 
@@ -23,31 +34,37 @@ Array = Any
 
 def serves(plan: Plan, operation: str) -> bool:
     """What the kernels do; the reference does the rest."""
-    return (
-        operation in ("forward", "backward", "jvp", "moments", "normalize")
-        and plan.layout is not None
-        and plan.layout.kind == "dense"
-    )
+    if plan.layout is None or operation == "double_backward":
+        return False
+    return plan.x_dtype in FLOATS or operation not in ("backward", "jvp")  # gradients of integer images: the reference
 
 
 def forward(plan: Plan, x: Array, weight: Array, bias: Array, where: Array, out: Array) -> tuple[Array, Array, Array]:
     """Output and statistics of each group."""
     with x.device:
+        if not _dense(plan):
+            out, (mean, rstd) = _out(plan, x, out), _empty_statistics(plan, 2)
+            for piece in pieces(plan, {"x": x}, where):
+                w, b = piece.of(weight), piece.of(bias)
+                y, *statistics = forward(piece.plan, piece.arrays["x"], w, b, piece.where, None)
+                piece.store(y, out, plan)
+                for part, whole in zip(statistics, (mean, rstd), strict=True):
+                    copy(part, whole[piece.samples, piece.groups])
+            return out, mean.reshape(plan.stats_shape), rstd.reshape(plan.stats_shape)
         call = _Call.of(plan, {"x": x}, out, where)
-        mean, rstd = call.empty_statistics(), call.empty_statistics()
+        mean, rstd = _empty_statistics(plan, 2)
         box = call.resident_box()
         if box is not None:
-            y = call.array("y")
             call.launch(
                 "forward",
                 "forward",
                 box,
                 (*_ints(box.group_team), *call.array("x"), *call.parameter(weight), *call.parameter(bias)),
-                (np.float64(plan.eps), *y, mean, rstd, *call.where),
+                (np.float64(plan.eps), *call.array("y"), mean, rstd, *call.where),
                 config.forward_bytes(box, call.problem),
             )
         else:
-            low, elements = call.empty_statistics(), call.empty_statistics()
+            low, elements = _empty_statistics(plan, 2)
             box = call.merged_moments(mean, low=low, rstd=rstd, elements=elements)
             call.apply(box, mean, low, rstd, weight, bias)
         return call.out, mean.reshape(plan.stats_shape), rstd.reshape(plan.stats_shape)
@@ -64,11 +81,28 @@ def backward(
     where: Array,
     out: Array,
 ) -> tuple[Array, Array, Array]:
-    """Gradients with respect to x, weight and bias."""
+    """Gradients with respect to x, weight and bias. The mean is taken anew: with x at hand that is free, and exact."""
+    import cupy
+
     with x.device:
-        call = _Call.of(plan, {"x": x, "v": dy}, out, where)
-        dweight, dbias = call.differentiated(weight, bias, None, None, mean, rstd)
-        return call.out, dweight, dbias
+        given = None if rstd is None else _statistics(plan, rstd)
+        if _dense(plan):
+            call = _Call.of(plan, {"x": x, "v": dy}, out, where)
+            return call.out, *_parameter_gradients(plan, [call.differentiated(weight, bias, None, None, given)])
+        out = _out(plan, x, out)
+        dweight, dbias = (cupy.empty(plan.C, dtype_of(plan.weight_dtype)) for _ in range(2))
+        sums: dict[tuple[int, int], list[Array]] = {}
+        for piece in pieces(plan, {"x": x, "v": dy}, where):
+            call = _Call.of(piece.plan, piece.arrays, piece.arrays["v"], piece.where)
+            rstd = None if given is None else contiguous(given[piece.samples, piece.groups])
+            partial = call.differentiated(piece.of(weight), piece.of(bias), None, None, rstd)
+            piece.store(call.out, out, plan)
+            sums.setdefault((piece.channels.start, piece.channels.stop), []).append(_added(piece.plan, partial))
+        for (start, stop), partials in sums.items():
+            parts = _parameter_gradients(plan, partials)
+            copy(parts[0], dweight[start:stop])
+            copy(parts[1], dbias[start:stop])
+        return out, dweight, dbias
 
 
 def jvp(
@@ -84,37 +118,109 @@ def jvp(
 ) -> Array:
     """Tangent of the output along tangents of x, weight and bias."""
     with x.device:
+        if not _dense(plan):
+            out = _out(plan, x, out)
+            for piece in pieces(plan, {"x": x, "v": tx}, where):
+                w, b, tw, tb = (piece.of(p) for p in (weight, bias, tweight, tbias))
+                ty = jvp(piece.plan, piece.arrays["v"], piece.arrays["x"], w, b, tw, tb, piece.where, None)
+                piece.store(ty, out, plan)
+            return out
         exact = any(t is not None and t.dtype == np.float64 for t in (tweight, tbias))
         call = _Call.of(plan, {"x": x, "v": tx}, out, where, exact=exact, tangent=True)
-        call.differentiated(weight, bias, tweight, tbias, None, None)
+        call.differentiated(weight, bias, tweight, tbias, None)
         return call.out
 
 
 def moments(plan: Plan, x: Array, where: Array) -> tuple[Array, Array, Array]:
-    """Count, mean and sum of squared deviations of each group."""
+    """Count, mean and sum of squared deviations of each group, in float64 throughout."""
     import cupy
 
     with x.device:
-        call = _Call.of(plan, {"x": x}, None, where, exact=True, written=False)
-        mean, m2 = call.empty_statistics(), call.empty_statistics()
+        mean, m2 = _empty_statistics(plan, 2)
         count = cupy.empty(mean.shape, np.int64)
-        call.merged_moments(mean, m2=m2, count=count)
-        return tuple(a.reshape(plan.stats_shape) for a in (count, mean, m2))
+        if _dense(plan):
+            _Call.of(plan, {"x": x}, None, where, exact=True, written=False).merged_moments(mean, m2=m2, count=count)
+        else:
+            for piece in pieces(plan, {"x": x}, where):
+                parts = moments(piece.plan, piece.arrays["x"], piece.where)
+                for part, whole in zip(parts, (count, mean, m2), strict=True):
+                    copy(part, whole[piece.samples, piece.groups])
+        return count.reshape(plan.stats_shape), mean.reshape(plan.stats_shape), m2.reshape(plan.stats_shape)
 
 
 def normalize(plan: Plan, x: Array, mean: Array, rstd: Array, weight: Array, bias: Array, out: Array) -> Array:
     """Output under statistics that the caller supplies."""
     with x.device:
+        mean, rstd = _statistics(plan, mean), _statistics(plan, rstd)
+        if not _dense(plan):
+            out = _out(plan, x, out)
+            for piece in pieces(plan, {"x": x}, None):
+                m, r = (statistics[piece.samples, piece.groups] for statistics in (mean, rstd))
+                y = normalize(piece.plan, piece.arrays["x"], m, r, piece.of(weight), piece.of(bias), None)
+                piece.store(y, out, plan)
+            return out
         call = _Call.of(plan, {"x": x}, out, None)
-        call.apply(
-            config.split_box(call.problem, call.device),
-            call.statistics(mean),
-            None,
-            call.statistics(rstd),
-            weight,
-            bias,
-        )
+        call.apply(config.split_box(call.problem, call.device), mean, None, rstd, weight, bias)
         return call.out
+
+
+def _dense(plan: Plan) -> bool:
+    return plan.layout is not None and plan.layout.kind == "dense"
+
+
+def _out(plan: Plan, x: Array, out: Array) -> Array:
+    """`out`, or a new array in x's memory order."""
+    import cupy
+
+    return cupy.empty_like(x, dtype=dtype_of(plan.y_dtype)) if out is None else out
+
+
+def _empty_statistics(plan: Plan, count: int) -> list[Array]:
+    """`count` arrays (N, G) of float64."""
+    import cupy
+
+    return [cupy.empty((plan.N, plan.G), np.float64) for _ in range(count)]
+
+
+def _statistics(plan: Plan, given: Array) -> Array:
+    """(N, G) float64 of statistics that the caller supplies."""
+    import cupy
+
+    return float64(cupy.broadcast_to(given, plan.stats_shape)).reshape(plan.N, plan.G)
+
+
+def _parameter_gradients(plan: Plan, partials: list[Array]) -> tuple[Array, Array]:
+    """dweight and dbias from sums of (rows, channels, 2), of the pieces of the samples if there are several."""
+    import cupy
+
+    partial = partials[0]
+    if len(partials) > 1:
+        partial = cupy.empty((len(partials), *partial.shape[1:]), np.float64)
+        for piece, row in zip(partials, partial, strict=True):
+            copy(piece[0], row)
+    dtype = plan.weight_dtype
+    dweight, dbias = (cupy.empty(partial.shape[1], dtype_of(dtype)) for _ in range(2))
+    _add_rows(plan, partial, dweight, dbias, DTYPES[dtype], 1)
+    return dweight, dbias
+
+
+def _added(plan: Plan, partial: Array) -> Array:
+    """The sum of all rows, (1, channels, 2) in float64."""
+    import cupy
+
+    added = cupy.empty((1, *partial.shape[1:]), np.float64)
+    _add_rows(plan, partial, added[0, :, 1], added[0, :, 0], DTYPES["float64"], 2)
+    return added
+
+
+def _add_rows(plan: Plan, partial: Array, dweight: Array, dbias: Array, dtype: int, step: int) -> None:
+    rows, channels = partial.shape[:2]
+    kernel(Specialisation("backward", plan.x_dtype, plan.y_dtype), "parameter_gradients", 0)(
+        (-(-channels // 32),),
+        (256,),
+        (partial, *_ints(partial.dtype == np.float64, rows, channels), dweight, dbias, *_ints(dtype, step)),
+        shared_mem=16 * 256,
+    )
 
 
 @dataclass
@@ -141,16 +247,14 @@ class _Call:
         tangent: bool = False,
         written: bool = True,
     ) -> _Call:
-        import cupy
-
         layout = plan.layout
         assert layout is not None  # serves() said so
         arrays = {name: (array, *pair) for (name, array), pair in zip(inputs.items(), layout.strides, strict=False)}
         x = inputs["x"]
         if written:
             if out is None:
-                out = cupy.empty_like(x, dtype=dtype_of(plan.y_dtype))
-                arrays["y"] = (out, *dense_strides(out, layout))
+                arrays["y"] = like(x, dtype_of(plan.y_dtype), layout)
+                out = arrays["y"][0]
             else:
                 arrays["y"] = (out, *layout.strides[len(inputs)])
         row, sample = layout.C * layout.inner, layout.outer * layout.C * layout.inner
@@ -184,12 +288,12 @@ class _Call:
     def labels(self) -> tuple[Any, ...]:
         """Arguments (labels, labelled)."""
         if self.plan.labels is None:
-            return (self.arrays["x"][0].view(np.int8), np.int32(0))
+            return (self.arrays["x"][0], np.int32(0))
         return (grouping(self.plan)[0], np.int32(1))
 
     def grouping(self) -> tuple[Any, ...]:
         """Arguments (order, bounds)."""
-        placeholder = self.arrays["x"][0].view(np.int8)
+        placeholder = self.arrays["x"][0]
         return (placeholder, placeholder) if self.plan.labels is None else grouping(self.plan)[1:]
 
     def array(self, name: str) -> tuple[Any, ...]:
@@ -202,18 +306,6 @@ class _Call:
         if parameter is None:
             return (self.arrays["x"][0], np.int32(-1))
         return (contiguous(parameter), np.int32(DTYPES[name_of(parameter.dtype)]))
-
-    def empty_statistics(self) -> Array:
-        """(N, G) float64."""
-        import cupy
-
-        return cupy.empty((self.plan.N, self.plan.G), np.float64)
-
-    def statistics(self, given: Array) -> Array:
-        """(N, G) float64 of statistics that the caller supplies."""
-        import cupy
-
-        return float64(cupy.broadcast_to(given, self.plan.stats_shape)).reshape(self.plan.N, self.plan.G)
 
     def same_channel(self) -> bool:
         """Whether every aligned 16-byte vector of y lies in one channel."""
@@ -262,53 +354,32 @@ class _Call:
             shared_mem=shared,
         )
 
-    def differentiated(
-        self, weight: Array, bias: Array, tweight: Array, tbias: Array, mean: Array, rstd: Array
-    ) -> tuple[Array, Array]:
-        """dx to `out`, and dweight and dbias."""
+    def differentiated(self, weight: Array, bias: Array, tweight: Array, tbias: Array, rstd: Array) -> Array:
+        """dx (or the tangent of y) to `out`; returns sums of v and v x_hat of each channel, (rows, C, 2)."""
         import cupy
 
         plan, p = self.plan, self.problem
         parameters = (*self.parameter(weight), *self.parameter(bias))
         tangents = (*self.parameter(tweight), *self.parameter(tbias))
         arrays = (*self.array("x"), *self.array("v"))
-        given = self.statistics(rstd) if rstd is not None else None
         box = self.resident_box()
-        if box is not None:
-            sums = config.channel_sums(p, box)
-            partial = cupy.empty((sums.rows, p.C, 2), np.float64 if p.real == 8 else np.float32)
-            self.launch(
-                "backward",
-                "backward",
-                box,
-                (*_ints(sums.repeat, box.group_team, box.channel_team), *arrays, *parameters, *tangents),
-                (
-                    *(
-                        np.float64(plan.eps),
-                        partial.view(np.float64) if given is None else given,
-                        np.int32(given is not None),
-                    ),
-                    *(*self.array("y"), partial, *self.where),
-                ),
-                config.backward_bytes(box, p),
-                sums.rows * box.channel_tiles,
-            )
-        else:
-            partial = self.differentiated_in_parts(arrays, parameters, tangents, weight, mean, given)
-        if p.tangent:
-            return None, None
-        dtype = plan.weight_dtype
-        dweight, dbias = (cupy.empty(p.C, dtype_of(dtype)) for _ in range(2))
-        kernel(self.specialisation("backward"), "parameter_gradients", 0)(
-            (-(-p.C // 32),),
-            (256,),
+        if box is None:
+            return self.differentiated_in_parts(arrays, parameters, tangents, weight, rstd)
+        sums = config.channel_sums(p, box)
+        partial = cupy.empty((sums.rows, p.C, 2), np.float64 if p.real == 8 else np.float32)
+        self.launch(
+            "backward",
+            "backward",
+            box,
+            (*_ints(sums.repeat, box.group_team, box.channel_team), *arrays, *parameters, *tangents),
             (
-                *(partial, np.int32(partial.dtype == np.float64), *_ints(partial.shape[0], p.C)),
-                *(dweight, dbias, np.int32(DTYPES[dtype])),
+                *(np.float64(plan.eps), partial if rstd is None else rstd, *_ints(rstd is not None)),
+                *(*self.array("y"), partial, *self.where),
             ),
-            shared_mem=16 * 256,
+            config.backward_bytes(box, p),
+            sums.rows * box.channel_tiles,
         )
-        return dweight, dbias
+        return partial
 
     def differentiated_in_parts(
         self,
@@ -316,7 +387,6 @@ class _Call:
         parameters: tuple[Any, ...],
         tangents: tuple[Any, ...],
         weight: Array,
-        mean: Array,
         rstd: Array,
     ) -> Array:
         """As `differentiated`, each group split over blocks; returns the sums of each channel, (N, C, 2)."""
@@ -324,14 +394,11 @@ class _Call:
 
         plan, p = self.plan, self.problem
         box = config.split_box(p, self.device)
-        means, lows, rstds, along, offset, count = (self.empty_statistics() for _ in range(6))
+        means, lows, rstds, along, offset, count = _empty_statistics(plan, 6)
         # An activation's slope needs x_hat, and so the statistics, before the sums. So does the dweight of a channel of
         # few elements, whose mean may be far nearer to them than the box's is.
-        known = (
-            plan.labels is not None
-            or (plan.activation is not None and not p.tangent)
-            or box.rows * box.columns < config.FEW_OF_CHANNEL
-        )
+        bent = plan.activation is not None and not p.tangent
+        known = plan.labels is not None or bent or box.rows * box.columns < config.FEW_OF_CHANNEL
         if known:
             self.merged_moments(means, low=lows, rstd=rstds, elements=count)
             if rstd is not None:
@@ -394,7 +461,7 @@ class _Call:
         threads, team = config.merge_threads(box.parts)
         groups = p.N * p.G
         results = [a if a is not None else partial for a in (mean, low, rstd, elements, m2)]
-        results.append(count if count is not None else partial.view(np.int64))
+        results.append(count if count is not None else partial)
         what = 1 if rstd is None else 0
         channels = cupy.empty((p.N, p.C, 4), np.float64) if plan.labels is not None else None
         kernel(self.specialisation("forward"), "merge_moments", 0)(

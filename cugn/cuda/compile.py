@@ -74,8 +74,8 @@ def specialisations() -> list[Specialisation]:
     """Every module that the engine can build."""
     found = [Specialisation("copy", "float32", "float32")]
     pairs = [(x, x) for x in FLOATS] + [(x, y) for x in INTEGERS for y in FLOATS]
-    choices = product(pairs, ACTIVATIONS, *[(False, True)] * 3)
-    for (x, y), activation, masked, same_channel, double in choices:
+    flags = list(product((False, True), repeat=3))
+    for (x, y), activation, (masked, same_channel, double) in product(pairs, ACTIVATIONS, flags):
         if double or "float64" not in (x, y):
             found.append(Specialisation("forward", x, y, activation, masked, same_channel, False, double))
             if x == y:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,18 +18,22 @@ __all__ = [
     "DTYPES",
     "contiguous",
     "copy",
-    "dense_strides",
     "dtype_of",
     "float64",
     "grouping",
+    "like",
     "mask_arguments",
     "name_of",
+    "pieces",
 ]
 
 Array = Any
 
 DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
 """As in kernels/types.cuh."""
+
+PIECE_BYTES = 8 << 20
+"""Arrays that no dense layout describes are copied in pieces of an eighth of x, or of this size if that is more."""
 
 MOST_AXES = 6
 THREADS = 256
@@ -102,15 +107,24 @@ def float64(array: Array) -> Array:
     return result
 
 
-def dense_strides(array: Array, layout: Layout) -> tuple[int, int]:
-    """(sn, so) in elements of an array that is dense in this layout."""
-    strides = [s // array.itemsize for s in array.strides]
-    batch, outer, _, _ = _parts(layout, array.ndim, array.shape)
-    sn = _merged(array.shape, strides, batch)
-    so = _merged(array.shape, strides, outer)
-    assert sn is not None
-    assert so is not None
-    return sn, so
+def like(x: Array, dtype: Any, layout: Layout) -> tuple[Array, int, int]:
+    """A new array in x's memory order, and its (sn, so) in elements.
+
+    Where that order is not the layout's (a broadcast axis goes last there) the array is in the layout's.
+    """
+    import cupy
+
+    array = cupy.empty_like(x, dtype=dtype)
+    parts = _parts(layout, array.ndim, array.shape)
+    strides = [_merged(array.shape, [s // array.itemsize for s in array.strides], part) for part in parts]
+    unit = layout.inner == 1 or strides[3] == 1
+    if None in strides or not unit or (layout.C > 1 and strides[2] != layout.inner):
+        array = cupy.empty([x.shape[axis] for axis in layout.axes], dtype)
+        array = array.transpose(sorted(range(x.ndim), key=layout.axes.__getitem__))
+        strides = [layout.outer * layout.C * layout.inner, layout.C * layout.inner]
+    assert strides[0] is not None
+    assert strides[1] is not None
+    return array, strides[0], strides[1]
 
 
 def mask_arguments(where: Array, plan: Plan) -> tuple[Any, ...]:
@@ -129,6 +143,95 @@ def mask_arguments(where: Array, plan: Plan) -> tuple[Any, ...]:
     return (where, *(np.int64(s) for s in strides if s is not None))
 
 
+class Piece(NamedTuple):
+    """Some groups of some samples, copied to dense arrays (n, channels, S)."""
+
+    plan: Plan
+    arrays: dict[str, Array]
+    where: Array
+    samples: slice
+    groups: slice
+    channels: slice
+    place: tuple[slice, ...]
+    """Of the piece in an array whose axes are permuted to batch, channel, spatial."""
+
+    def of(self, parameter: Array) -> Array:
+        """Its channels of a weight or bias."""
+        return None if parameter is None else parameter[self.channels]
+
+    def store(self, dense: Array, out: Array, plan: Plan) -> None:
+        """Copy what was computed for it to where it belongs."""
+        target = out.transpose((*plan.batch_axes, plan.channel_axis, *plan.spatial_axes))[self.place]
+        copy(dense.reshape(target.shape), target)
+
+
+def pieces(plan: Plan, arrays: dict[str, Array], where: Array) -> Iterator[Piece]:
+    """Cut a call into pieces. A group of a sample is the least, all of its channels where the groups are labelled."""
+    import cupy
+
+    axes = (*plan.batch_axes, plan.channel_axis, *plan.spatial_axes)
+    views = {name: array.transpose(axes) for name, array in arrays.items()}
+    mask = None if where is None else cupy.broadcast_to(where, plan.shape).transpose(axes)
+    batch = len(plan.batch_axes)
+    lead = next((i for i, n in enumerate(plan.batch_shape) if n > 1), None)
+    count = 1 if lead is None else plan.batch_shape[lead]
+    size = plan.size * next(iter(arrays.values())).itemsize
+    budget = max(PIECE_BYTES, size // 8)
+    step = max(1, budget * count // size)
+    group_step = plan.G
+    if plan.labels is None and size // count > budget:
+        group_step = max(1, budget * count * plan.G // size)
+    D = plan.C // plan.G if plan.labels is None else 0
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        rest = plan.N // count
+        for g in range(0, plan.G, group_step):
+            groups = slice(g, min(g + group_step, plan.G))
+            channels = slice(groups.start * D, groups.stop * D) if D else slice(0, plan.C)
+            index = [slice(None)] * len(axes)
+            if lead is not None:
+                index[lead] = slice(start, stop)
+            index[batch] = channels
+            n, C = (stop - start) * rest, channels.stop - channels.start
+
+            def dense(
+                view: Array, index: tuple[slice, ...] = tuple(index), shape: tuple[int, ...] = (n, C, plan.S)
+            ) -> Array:
+                part = view[index]
+                result = cupy.empty(part.shape, part.dtype)
+                copy(part, result)
+                return result.reshape(shape)
+
+            yield Piece(
+                _piece_plan(plan, n, C, groups.stop - groups.start),
+                {name: dense(view) for name, view in views.items()},
+                None if mask is None else dense(mask),
+                slice(start * rest, stop * rest),
+                groups,
+                channels,
+                tuple(index),
+            )
+
+
+@lru_cache(maxsize=256)
+def _piece_plan(plan: Plan, n: int, C: int, G: int) -> Plan:
+    """The plan of a dense piece."""
+    dense = Layout("dense", (0, 1, 2), n, 1, C, plan.S, ((C * plan.S, plan.S),) * 3)
+    return replace(
+        plan,
+        shape=(n, C, plan.S),
+        batch_axes=(0,),
+        channel_axis=1,
+        spatial_axes=(2,),
+        batch_shape=(n,),
+        N=n,
+        C=C,
+        G=G,
+        stats_shape=(n, G),
+        layout=dense,
+    )
+
+
 def grouping(plan: Plan) -> tuple[Array, Array, Array]:
     """Group of each channel, channels by group, and the bounds of the groups in them, int32 on the current device."""
     import cupy
@@ -140,7 +243,7 @@ def grouping(plan: Plan) -> tuple[Array, Array, Array]:
 def _uploaded(plan: Plan, device: int, stream: int) -> tuple[Array, Array, Array]:
     """The plan's grouping, once for each stream: the kernels that read it come after the copy in the same stream.
 
-    The one copy from the host in the engine; it is made by the first call of a plan, which therefore cannot be captured.
+    The one copy from the host in the engine; the first call of a plan makes it, which therefore cannot be captured.
     """
     import cupy
 

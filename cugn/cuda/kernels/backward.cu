@@ -497,10 +497,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   apply(operation, Global<y_t>(dx, dx_sn, dx_so, box, inner), box);
 }
 
-// dweight and dbias of 32 channels a block, from partial: (rows, C, 2) of PARTIAL. Eight threads a channel take every
-// eighth row; their sums are added in order.
+// dweight and dbias of 32 channels a block, from partial: (rows, C, 2), to every `step`th element of theirs. Eight threads a
+// channel take every eighth row; their sums are added in order.
 template <class Partial>
-__device__ __forceinline__ void add_rows(const Partial* partial, int rows, int C, void* dweight, void* dbias, int dtype) {
+__device__ __forceinline__ void add_rows(const Partial* partial, int rows, int C, void* dweight, void* dbias, int dtype, int step) {
   const int c = blockIdx.x * 32 + (threadIdx.x & 31), part = threadIdx.x >> 5;
   double sum_v = 0, sum_v_x_hat = 0;
   if (c < C) {
@@ -517,13 +517,13 @@ __device__ __forceinline__ void add_rows(const Partial* partial, int rows, int C
       sum_v += shared[2 * (threadIdx.x + 32 * other)];
       sum_v_x_hat += shared[2 * (threadIdx.x + 32 * other) + 1];
     }
-    store_any(dweight, dtype, c, sum_v_x_hat);
-    store_any(dbias, dtype, c, sum_v);
+    store_any(dweight, dtype, (long long)c * step, sum_v_x_hat);
+    store_any(dbias, dtype, (long long)c * step, sum_v);
   }
 }
 extern "C" __global__ void __launch_bounds__(256)
     parameter_gradients(const void* partial, const int doubles, const int rows, const int C, void* dweight, void* dbias,
-                        const int dtype) {
-  if (doubles) add_rows((const double*)partial, rows, C, dweight, dbias, dtype);
-  else add_rows((const float*)partial, rows, C, dweight, dbias, dtype);
+                        const int dtype, const int step) {
+  if (doubles) add_rows((const double*)partial, rows, C, dweight, dbias, dtype, step);
+  else add_rows((const float*)partial, rows, C, dweight, dbias, dtype, step);
 }
