@@ -1,0 +1,312 @@
+"""Kernels for count, mean and sum of squared deviations of a block of x, and their merge.
+
+A partial is four float64: count, mean (high part), mean (low part), m2. A block is read from cache twice at most, memory once.
+
+float32 lanes (float16, bfloat16, float32, small integers): float64 sums of d = x - shift and d*d, where shift is the block's first
+element. The variance loses at most a factor `elements of the block` of float64's 2^-53, so BLOCK = 4096 keeps 1e-12.
+float64 lanes: the block's mean first, then sums of d and d*d about it; the sum of d is the rounding that the mean lost, and makes
+its low part. x is multiplied by a power of two on the way, which is 1 except where squares left float64's range.
+Merging takes the partials in order: their means relative to the first one's, then m2 about the common mean.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from .compile import inner
+from .convert import loader, storer
+from .simd import (
+    LANES,
+    first_lanes,
+    fma,
+    load_f64,
+    reduce_add,
+    select,
+    splat,
+    store_f64,
+    vector_max,
+    widen,
+)
+
+PARTIAL_BYTES = 32
+BLOCK = {"float32": 4096, "float64": 2048}
+
+_load64, _load64_part = loader("float64", "float64")
+_store64 = storer("float64", "float64")[0]
+_ROWS = 8  # rows taken together by the column kernel: eight streams, accumulators in L1 read and written once for all of them
+
+
+@inner
+def store_partial(where: int, count: float, high: float, low: float, m2: float) -> None:
+    """Write one partial."""
+    store_f64(where, 0, count)
+    store_f64(where, 1, high)
+    store_f64(where, 2, low)
+    store_f64(where, 3, m2)
+
+
+@inner
+def two_sum_error(a: float, b: float, total: float) -> float:
+    """The rounding error of total = a + b, exactly."""
+    kept = total - a
+    return (a - (total - kept)) + (b - kept)
+
+
+@inner
+def merge(parts: int, count: int, step: int, out: int) -> None:
+    """One partial of `count` ones that lie `step` bytes apart."""
+    if count == 1:
+        store_partial(out, load_f64(parts, 0), load_f64(parts, 1), load_f64(parts, 2), load_f64(parts, 3))
+        return
+    total = 0.0
+    reference = 0.0
+    for k in range(count):
+        n = load_f64(parts + k * step, 0)
+        if total == 0.0 and n > 0.0:
+            reference = load_f64(parts + k * step, 1)
+        total += n
+    if total == 0.0:
+        store_partial(out, 0.0, load_f64(parts, 1), 0.0, 0.0)
+        return
+    offset, lost = 0.0, 0.0
+    for k in range(count):
+        part = parts + k * step
+        n = load_f64(part, 0)
+        if n > 0.0:
+            term = n * ((load_f64(part, 1) - reference) + load_f64(part, 2))
+            moved = offset + term
+            lost += two_sum_error(offset, term, moved)
+            offset = moved
+    offset = (offset + lost) / total
+    high = reference + offset
+    low = two_sum_error(reference, offset, high)
+    m2, lost = 0.0, 0.0
+    for k in range(count):
+        part = parts + k * step
+        n = load_f64(part, 0)
+        if n > 0.0:
+            distance = (load_f64(part, 1) - high) + (load_f64(part, 2) - low)
+            term = fma(n * distance, distance, load_f64(part, 3))
+            moved = m2 + term
+            lost += two_sum_error(m2, term, moved)
+            m2 = moved
+    store_partial(out, total, high, low, m2 + lost)
+
+
+@cache
+def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
+    """rect(p, rows, row_bytes, cols, scale, scratch, out) -> one partial; columns(...) -> a partial a segment."""
+    load, load_part = loader(dtype, compute)
+    double = compute == "float64"
+    block = BLOCK[compute]
+    step = LANES * itemsize
+
+    @inner
+    def mean_estimate(p: int, rows: int, row_bytes: int, cols: int, scale: float) -> float:
+        factor = splat(scale)
+        sum0 = splat(0.0)
+        sum1 = splat(0.0)
+        for r in range(rows):
+            q = p + r * row_bytes
+            left = cols
+            while left >= 2 * LANES:
+                sum0 = fma(widen(load(q)), factor, sum0)
+                sum1 = fma(widen(load(q + step)), factor, sum1)
+                q += 2 * step
+                left -= 2 * LANES
+            while left > 0:
+                if left >= LANES:
+                    sum0 = fma(widen(load(q)), factor, sum0)
+                else:
+                    sum1 = fma(widen(load_part(q, left)), factor, sum1)
+                q += step
+                left -= LANES
+        return reduce_add(sum0 + sum1) / (rows * cols)
+
+    @inner
+    def block_moments(p: int, rows: int, row_bytes: int, cols: int, scale: float, out: int) -> None:
+        if double:
+            shift = mean_estimate(p, rows, row_bytes, cols, scale)
+        else:
+            shift = reduce_add(widen(load_part(p, 1)))
+        factor = splat(scale)
+        minus = splat(-shift)
+        zero = splat(0.0)
+        sum0 = zero
+        sum1 = zero
+        square0 = zero
+        square1 = zero
+        for r in range(rows):
+            q = p + r * row_bytes
+            left = cols
+            while left >= 2 * LANES:
+                if double:
+                    d0 = fma(widen(load(q)), factor, minus)
+                    d1 = fma(widen(load(q + step)), factor, minus)
+                else:
+                    d0 = widen(load(q)) + minus
+                    d1 = widen(load(q + step)) + minus
+                sum0 += d0
+                sum1 += d1
+                square0 = fma(d0, d0, square0)
+                square1 = fma(d1, d1, square1)
+                q += 2 * step
+                left -= 2 * LANES
+            if left >= LANES:
+                d0 = fma(widen(load(q)), factor, minus)
+                sum0 += d0
+                square0 = fma(d0, d0, square0)
+                q += step
+                left -= LANES
+            if left > 0:
+                d1 = select(first_lanes(left), fma(widen(load_part(q, left)), factor, minus), zero)
+                sum1 += d1
+                square1 = fma(d1, d1, square1)
+        n = float(rows * cols)
+        total = reduce_add(sum0 + sum1)
+        offset = total / n
+        high = shift + offset
+        m2 = reduce_add(square0 + square1) - total * offset
+        if m2 < 0.0:
+            m2 = 0.0
+        store_partial(out, n, high, two_sum_error(shift, offset, high), m2)
+
+    @inner
+    def rect(p: int, rows: int, row_bytes: int, cols: int, scale: float, scratch: int, out: int) -> None:
+        if rows * cols <= block:
+            block_moments(p, rows, row_bytes, cols, scale, out)
+            return
+        count = 0
+        if cols >= block:
+            for r in range(rows):
+                start = 0
+                while start < cols:
+                    width = min(block, cols - start)
+                    where = p + r * row_bytes + start * itemsize
+                    block_moments(where, 1, row_bytes, width, scale, scratch + count * PARTIAL_BYTES)
+                    count += 1
+                    start += block
+        else:
+            together = block // cols
+            start = 0
+            while start < rows:
+                height = min(together, rows - start)
+                where = p + start * row_bytes
+                block_moments(where, height, row_bytes, cols, scale, scratch + count * PARTIAL_BYTES)
+                count += 1
+                start += together
+        merge(scratch, count, PARTIAL_BYTES, out)
+
+    @inner
+    def lanes_at(p: int, left: int) -> Any:
+        if left >= LANES:
+            return widen(load(p))
+        return widen(load_part(p, left))
+
+    @inner
+    def columns(
+        p: int, rows: int, row_bytes: int, cols: int, scale: float, scratch: int, width: int, out: int
+    ) -> None:
+        # scratch: five float64 arrays of `padded` columns; a segment is `width` columns and gets one partial at out
+        padded = (cols + LANES - 1) // LANES * LANES
+        shifts = scratch
+        sums = shifts + 8 * padded
+        squares = sums + 8 * padded
+        factor = splat(scale)
+        zero = splat(0.0)
+        n = splat(float(rows))
+        for j in range(0, cols, LANES):
+            _store64(shifts + 8 * j, lanes_at(p + j * itemsize, cols - j) * factor)
+            _store64(sums + 8 * j, zero)
+            _store64(squares + 8 * j, zero)
+        if double:
+            for r in range(rows):
+                for j in range(0, cols, LANES):
+                    x = lanes_at(p + r * row_bytes + j * itemsize, cols - j)
+                    _store64(sums + 8 * j, fma(x, factor, _load64(sums + 8 * j)))
+            for j in range(0, cols, LANES):
+                _store64(shifts + 8 * j, _load64(sums + 8 * j) / n)
+                _store64(sums + 8 * j, zero)
+        whole = rows // _ROWS * _ROWS
+        for r0 in range(0, whole, _ROWS):
+            q = p + r0 * row_bytes
+            left = cols
+            j = 0
+            while left > 0:
+                s = _load64(sums + 8 * j)
+                square = _load64(squares + 8 * j)
+                shift = _load64(shifts + 8 * j)
+                for r in range(_ROWS):
+                    if left >= LANES:
+                        x = widen(load(q + r * row_bytes))
+                    else:
+                        x = widen(load_part(q + r * row_bytes, left))
+                    d = fma(x, factor, zero - shift)
+                    s += d
+                    square = fma(d, d, square)
+                _store64(sums + 8 * j, s)
+                _store64(squares + 8 * j, square)
+                q += step
+                j += LANES
+                left -= LANES
+        for r in range(whole, rows):
+            for j in range(0, cols, LANES):
+                d = fma(lanes_at(p + r * row_bytes + j * itemsize, cols - j), factor, zero - _load64(shifts + 8 * j))
+                _store64(sums + 8 * j, _load64(sums + 8 * j) + d)
+                _store64(squares + 8 * j, fma(d, d, _load64(squares + 8 * j)))
+        # a column's mean in two parts (shifts, sums) and its m2 (squares)
+        for j in range(0, cols, LANES):
+            shift = _load64(shifts + 8 * j)
+            s = _load64(sums + 8 * j)
+            offset = s / n
+            high = shift + offset
+            kept = high - shift
+            low = (shift - (high - kept)) + (offset - kept)
+            _store64(shifts + 8 * j, high)
+            _store64(sums + 8 * j, low)
+            _store64(squares + 8 * j, vector_max(_load64(squares + 8 * j) - s * offset, zero))
+        for first in range(0, cols, width):
+            segment_partial(shifts + 8 * first, sums + 8 * first, squares + 8 * first, width, float(rows), out)
+            out += PARTIAL_BYTES
+
+    return rect, columns
+
+
+
+
+@inner
+def segment_partial(means: int, lows: int, squares: int, width: int, rows: float, out: int) -> None:
+    """One partial of `width` columns, each with its mean in two parts and its m2 over `rows` rows."""
+    if width == 1:
+        store_partial(out, rows, load_f64(means, 0), load_f64(lows, 0), load_f64(squares, 0))
+        return
+    reference = load_f64(means, 0)
+    minus = splat(-reference)
+    total = splat(0.0)
+    zero = splat(0.0)
+    for j in range(0, width, LANES):
+        left = width - j
+        if left >= LANES:
+            total += (_load64(means + 8 * j) + minus) + _load64(lows + 8 * j)
+        else:
+            high = _load64_part(means + 8 * j, left) + minus
+            total += select(first_lanes(left), high + _load64_part(lows + 8 * j, left), zero)
+    offset = reduce_add(total) / width
+    high = reference + offset
+    low = two_sum_error(reference, offset, high)
+    minus = splat(-high)
+    less = splat(-low)
+    between = zero
+    within = zero
+    for j in range(0, width, LANES):
+        left = width - j
+        if left >= LANES:
+            d = (_load64(means + 8 * j) + minus) + (_load64(lows + 8 * j) + less)
+            within += _load64(squares + 8 * j)
+        else:
+            d = (_load64_part(means + 8 * j, left) + minus) + (_load64_part(lows + 8 * j, left) + less)
+            d = select(first_lanes(left), d, zero)
+            within += _load64_part(squares + 8 * j, left)
+        between = fma(d, d, between)
+    store_partial(out, rows * width, high, low, fma(rows, reduce_add(between), reduce_add(within)))
