@@ -28,8 +28,8 @@ from .simd import (
     vector_max,
     widen,
 )
+from .words import PARTIAL_BYTES
 
-PARTIAL_BYTES = 32
 BLOCK = {"float32": 4096, "float64": 2048}
 
 _load64, _load64_part = loader("float64", "float64")

@@ -90,6 +90,7 @@ _binary(operator.add, "fadd", "add")
 _binary(operator.sub, "fsub", "sub")
 _binary(operator.mul, "fmul", "mul")
 _binary(operator.truediv, "fdiv")
+_binary(operator.iadd, "fadd", "add")
 
 
 def call_intrinsic(builder: Any, name: str, result: ir.Type, args: Any) -> Any:
@@ -134,6 +135,18 @@ def widen(typingctx: Any, value: Any) -> Any:
         return args[0] if sig.args[0] == F64 else builder.fpext(args[0], vector_of(ir.DoubleType()))
 
     return F64(value), codegen
+
+
+@intrinsic
+def narrow_scalar(typingctx: Any, value: Any) -> Any:
+    """A float64 rounded to float32."""
+    return types.float32(types.float64), lambda c, builder, sig, args: builder.fptrunc(args[0], ir.FloatType())
+
+
+@intrinsic
+def widen_scalar(typingctx: Any, value: Any) -> Any:
+    """A float32 as float64."""
+    return types.float64(types.float32), lambda c, builder, sig, args: builder.fpext(args[0], ir.DoubleType())
 
 
 @intrinsic
@@ -298,14 +311,13 @@ def atomic_load(typingctx: Any, address: Any) -> Any:
     return types.int64(types.int64), codegen
 
 
-def _host_call(name: str, assembly: dict[str, str]) -> Any:
+def _host_call(intrinsics: dict[str, str]) -> Any:
     @intrinsic
     def instruction(typingctx: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            architecture = builder.module.triple.split("-")[0]
-            text = assembly.get(architecture)
-            if text is not None:
-                builder.asm(ir.FunctionType(ir.VoidType(), []), text, "~{memory}", [], True, name=name)
+            name = intrinsics.get(builder.module.triple.split("-")[0])
+            if name is not None:
+                call_intrinsic(builder, name, ir.VoidType(), [])
             return context.get_dummy_value()
 
         return types.none(), codegen
@@ -313,5 +325,5 @@ def _host_call(name: str, assembly: dict[str, str]) -> Any:
     return instruction
 
 
-pause = _host_call("pause", {"x86_64": "pause", "aarch64": "yield", "arm64": "yield"})
-store_fence = _host_call("store_fence", {"x86_64": "sfence"})
+pause = _host_call({"x86_64": "llvm.x86.sse2.pause"})
+store_fence = _host_call({"x86_64": "llvm.x86.sse.sfence"})

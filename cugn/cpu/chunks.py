@@ -1,0 +1,165 @@
+"""From a task and a chunk's number to memory: the address of a dense array's chunk, or a copy of a strided one's."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from . import words as w
+from .compile import inner
+from .simd import load_i32, load_i64, load_u8, load_u16, store_i32, store_i64, store_u8, store_u16
+from .words import array_word, word
+
+
+@inner
+def chunk_of(geometry: int, chunk: int) -> Any:
+    """(row0, rows, channel0, channels, start, length, layer): a chunk's part of its task.
+
+    channel0 counts from the bundle's first; start and length are within a channel; layer is its number among the
+    chunks that have a part of the same channel.
+    """
+    parts = word(geometry, w.PARTS)
+    part = chunk % parts
+    rest = chunk // parts
+    across = word(geometry, w.CHANNEL_CHUNKS)
+    channel0 = (rest % across) * word(geometry, w.CHANNELS)
+    row_chunk = rest // across
+    row0 = row_chunk * word(geometry, w.ROWS)
+    rows = min(word(geometry, w.ROWS), word(geometry, w.OUTER) - row0)
+    channels = min(word(geometry, w.CHANNELS), word(geometry, w.BUNDLE_CHANNELS) - channel0)
+    start = part * word(geometry, w.PART)
+    length = min(word(geometry, w.PART), word(geometry, w.INNER) - start)
+    return row0, rows, channel0, channels, start, length, row_chunk * parts + part
+
+
+@inner
+def copy_run(target: int, target_step: int, source: int, source_step: int, count: int, itemsize: int) -> None:
+    """Copy count items, each side with its own distance between items."""
+    if itemsize == 4:
+        for k in range(count):
+            store_i32(target + k * target_step, 0, load_i32(source + k * source_step, 0))
+    elif itemsize == 8:
+        for k in range(count):
+            store_i64(target + k * target_step, 0, load_i64(source + k * source_step, 0))
+    elif itemsize == 2:
+        for k in range(count):
+            store_u16(target + k * target_step, 0, load_u16(source + k * source_step, 0))
+    else:
+        for k in range(count):
+            store_u8(target + k * target_step, 0, load_u8(source + k * source_step, 0))
+
+
+@inner
+def offset_of(axes: int, count: int, index: int) -> int:
+    """Bytes from the origin to a flat index over `count` axes, which are pairs (size, stride)."""
+    offset = 0
+    for k in range(count - 1, -1, -1):
+        size = load_i64(axes, 2 * k)
+        offset += (index % size) * load_i64(axes, 2 * k + 1)
+        index //= size
+    return offset
+
+
+@inner
+def move_chunk(
+    geometry: int,
+    array: int,
+    base: int,
+    n: int,
+    row0: int,
+    rows: int,
+    channel0: int,
+    channels: int,
+    start: int,
+    length: int,
+    piece: int,
+    gather: bool,
+) -> None:
+    """Copy a strided array's chunk to the scratch memory (gather), or back."""
+    # axes: channel stride, number of batch, outer and inner axes, then (size, stride) of each, batch axes first
+    axes = array_word(geometry, array, w.AXES)
+    itemsize = array_word(geometry, array, w.ITEMSIZE)
+    channel_stride = load_i64(axes, 0)
+    batch_axes = load_i64(axes, 1)
+    outer_axes = load_i64(axes, 2)
+    inner_axes = load_i64(axes, 3)
+    outer = axes + 32 + 16 * batch_axes
+    inside = outer + 16 * outer_axes
+    origin = base + offset_of(axes + 32, batch_axes, n) + channel0 * channel_stride
+    for r in range(rows):
+        row = origin + offset_of(outer, outer_axes, row0 + r)
+        if inner_axes == 0:
+            if gather:
+                copy_run(piece, itemsize, row, channel_stride, channels, itemsize)
+            else:
+                copy_run(row, channel_stride, piece, itemsize, channels, itemsize)
+            piece += channels * itemsize
+            continue
+        last_size = load_i64(inside, 2 * (inner_axes - 1))
+        last_stride = load_i64(inside, 2 * (inner_axes - 1) + 1)
+        for c in range(channels):
+            index = start
+            while index < start + length:
+                along = index % last_size
+                count = min(last_size - along, start + length - index)
+                place = row + c * channel_stride + offset_of(inside, inner_axes, index)
+                if gather:
+                    copy_run(piece, itemsize, place, last_stride, count, itemsize)
+                else:
+                    copy_run(place, last_stride, piece, itemsize, count, itemsize)
+                piece += count * itemsize
+                index += count
+
+
+@cache
+def chunk_memory(strided: bool) -> tuple[Any, Any, Any]:
+    """open_chunk, row_bytes and close_chunk for dense arrays, which are used in place, or for strided ones.
+
+    open_chunk(geometry, array, base, n, row0, rows, channel0, channels, start, length, piece, read) -> address
+    row_bytes(geometry, array, channels, length) -> distance between its rows
+    close_chunk(the same without read) writes a strided chunk's results back
+    """
+    if strided:
+
+        @inner
+        def open_chunk(
+            geometry: int, array: int, base: int, n: int, row0: int, rows: int, channel0: int, channels: int,
+            start: int, length: int, piece: int, read: bool,
+        ) -> int:  # fmt: skip
+            if read:
+                move_chunk(geometry, array, base, n, row0, rows, channel0, channels, start, length, piece, True)
+            return piece
+
+        @inner
+        def row_bytes(geometry: int, array: int, channels: int, length: int) -> int:
+            return channels * length * array_word(geometry, array, w.ITEMSIZE)
+
+        @inner
+        def close_chunk(
+            geometry: int, array: int, base: int, n: int, row0: int, rows: int, channel0: int, channels: int,
+            start: int, length: int, piece: int,
+        ) -> None:  # fmt: skip
+            move_chunk(geometry, array, base, n, row0, rows, channel0, channels, start, length, piece, False)
+
+        return open_chunk, row_bytes, close_chunk
+
+    @inner
+    def open_dense(
+        geometry: int, array: int, base: int, n: int, row0: int, rows: int, channel0: int, channels: int,
+        start: int, length: int, piece: int, read: bool,
+    ) -> int:  # fmt: skip
+        inside = (channel0 * word(geometry, w.INNER) + start) * array_word(geometry, array, w.ITEMSIZE)
+        return base + n * array_word(geometry, array, w.SN) + row0 * array_word(geometry, array, w.SO) + inside
+
+    @inner
+    def row_bytes_dense(geometry: int, array: int, channels: int, length: int) -> int:
+        return array_word(geometry, array, w.SO)
+
+    @inner
+    def close_dense(
+        geometry: int, array: int, base: int, n: int, row0: int, rows: int, channel0: int, channels: int,
+        start: int, length: int, piece: int,
+    ) -> None:  # fmt: skip
+        pass
+
+    return open_dense, row_bytes_dense, close_dense

@@ -1,0 +1,250 @@
+"""From a plan to the words that a kernel runs by: how the arrays are cut into tasks, chunks and tickets.
+
+A *task* is one sample's bundle of groups: one group where channels are runs, as many groups as fill a few cache lines of a row in
+channels-last. A task is cut into *chunks* (rows x channels x part of a channel) by the sizes of the group alone, so
+that every sum is added in the same order whatever N, the threads or the alignment. Tickets give work to threads:
+
+- whole: a ticket is some tasks; all phases of a task by one thread, while its elements are in that thread's cache;
+- split: a ticket is one chunk in one phase; the last thread to finish a task's phase merges its chunks. Tasks go in
+  waves that fit in the shared cache, so that the second reading of x comes from there.
+
+Both add the same sums in the same order: the choice may go by N and by the number of threads, the result does not.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..layout import Layout
+from ..plan import Plan
+from . import words as w
+
+ITEMSIZE = {
+    "bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2,
+    "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8,
+}  # fmt: skip
+LANES = 16
+OWN_CACHE = 1 << 20
+"""Bytes of a task that one thread keeps to itself: its L2 on the CPUs of today."""
+SHARED_CACHE = 8 << 20
+"""Bytes of a wave of tasks that all threads work on together: what L3 keeps beside others' data."""
+STREAM_FROM = 16 << 20
+"""Bytes of an output that will not stay in cache."""
+THREADED_FROM = 128 << 10
+"""Bytes of all arrays below which the calling thread works alone: waking another costs more."""
+RUNS_FROM = 16
+"""Elements of a channel from which it is a run of its own; shorter ones are parts of a row."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The words, the memory that they need, and whether other threads are worth waking."""
+
+    words: np.ndarray[Any, np.dtype[np.int64]]
+    address: int
+    work_bytes: int
+    header_bytes: int
+    threads: int
+    by_rows: bool
+    strided: bool
+    axes: tuple[np.ndarray[Any, np.dtype[np.int64]], ...]
+    """Memory that the words point to."""
+
+
+def of(
+    plan: Plan,
+    arrays: list[Any],
+    threads: int,
+    *,
+    compute: str,
+    phases: int,
+    sums: int = 0,
+    gradients: int = 0,
+    weight_kind: int = 0,
+    bias_kind: int = 0,
+    writes: int = 1,
+) -> Geometry:
+    """Geometry of a call.
+
+    Parameters
+    ----------
+    arrays : list of numpy.ndarray
+        All arrays of x's shape that the kernel reads or writes, x first.
+    phases : int
+        Phases of the kernel, for the number of tickets.
+    sums : int
+        Sums that are kept for each channel and layer of chunks.
+    gradients : int
+        Sums over the samples that are kept for each channel.
+    writes : int
+        How many of the arrays, the last ones, are written.
+    """
+    layout = Layout.of(
+        plan.shape,
+        plan.batch_axes,
+        plan.channel_axis,
+        [[s // a.itemsize for s in a.strides] for a in arrays],
+    )
+    aligned = all(s % a.itemsize == 0 for a in arrays for s in a.strides)
+    dense = layout.kind == "dense" and aligned
+    N, outer, C, inner = layout.N, layout.outer, layout.C, layout.inner
+    itemsize = arrays[0].itemsize
+    G = plan.G
+    D = C // G
+    labelled = plan.labels is not None
+
+    by_rows = inner == 1 or (inner < RUNS_FROM and outer >= 8)
+    if by_rows and not labelled:
+        # bundles of at least 4 cache lines and at most 1024 elements of a row
+        together = max(1, 1024 // (D * inner)) if outer > 1 else G
+        while G % together:
+            together -= 1
+        bundles = G // together
+    else:
+        together, bundles = (G, 1) if labelled else (1, G)
+    width = C // bundles
+    segments = C if labelled else together
+    by_columns = by_rows and outer >= 8 and (width // segments) * inner < 1024
+
+    # chunks: about 1/32 of a task, 8192 to 65536 elements
+    elements = outer * width * inner
+    most = 65536 if dense else 16384
+    target = min(max(1 << max(elements // 32, 1).bit_length(), 8192), most)
+    if inner > target and not by_rows:
+        rows, channels, part = 1, 1, target
+    else:
+        part = inner
+        channels = width if segments > 1 and not labelled else min(max(target // inner, 1), width)
+        if by_columns:
+            channels = width
+        rows = 1
+        if channels == width:
+            rows = max(target // (width * inner), 1)
+            if by_columns:
+                # sums of each column are kept for each chunk: enough rows that they are < 1 % of x
+                rows = max(rows, min(outer // 16, 2048))
+            rows = min(rows, outer)
+    row_chunks, channel_chunks, parts = -(-outer // rows), -(-width // channels), -(-inner // part)
+    chunks = row_chunks * channel_chunks * parts
+    layers = row_chunks * parts
+
+    # schedule
+    tasks = N * bundles
+    task_bytes = elements * sum(a.itemsize for a in arrays)
+    total = tasks * task_bytes
+    if total < THREADED_FROM:
+        threads = 1
+    read_bytes = elements * sum(a.itemsize for a in arrays[: len(arrays) - writes])
+    part_samples = max(-(-N // 64), 1)
+    if gradients:
+        limit = max(N * plan.S * itemsize // 100, (8 << 20) // max(C, 1)) // (16 * gradients)
+        part_samples = max(part_samples, -(-N // max(limit, 1)))
+    split = read_bytes > OWN_CACHE or (threads > 1 and tasks < 8 * threads)
+    ticket_samples, ticket_bundles = 1, bundles
+    if gradients:
+        ticket_samples = part_samples
+    gradient_parts = -(-N // part_samples)
+    if not split:
+        grain = max(64 << 10, total // (threads * 64)) if threads > 1 else total
+        if not gradients:
+            ticket_samples = min(max(grain // (task_bytes * bundles), 1), N)
+        ticket_bundles = min(max(grain // (task_bytes * ticket_samples), 1), bundles)
+    bundle_tickets = -(-bundles // ticket_bundles)
+    wave_tasks = min(max(SHARED_CACHE // max(read_bytes, 1), 1), tasks)
+    tickets = phases * tasks * chunks if split else -(-N // ticket_samples) * bundle_tickets
+    slots = max(min(threads, tickets), 1)
+
+    # memory
+    layout_words: dict[int, int] = {}
+    records = together * w.RECORD_BYTES
+    partials = chunks * w.PARTIAL_BYTES if segments == 1 else layers * segments * w.PARTIAL_BYTES
+    partials_at = records
+    sums_at = partials_at + partials
+    totals_at = sums_at + 8 * sums * layers * _padded(width)
+    store = _line(totals_at + 8 * sums * _padded(width))
+    columns = _padded(channels * part)
+    weight_at = w.CALL_BYTES
+    bias_at = weight_at + 8 * _padded(C)
+    own_store_at = _line(bias_at + 8 * _padded(C))
+    blocks_at = own_store_at + (0 if split else store)
+    span = (width // segments if segments > 1 else channels) * part
+    block = 2048 if compute == "float64" else 4096
+    blocks = rows * -(-span // block) if span >= block else -(-rows // max(block // span, 1))
+    room = max(blocks * w.PARTIAL_BYTES, 64)
+    if by_columns or (by_rows and sums):
+        room = max(room, 8 * (3 + sums) * columns)
+    coefficients_at = _line(blocks_at + room)
+    coefficient_bytes = _line((columns + LANES) * ITEMSIZE[compute])
+    pieces_at = coefficients_at + (8 * coefficient_bytes if by_rows else 0)
+    piece_bytes = 0 if dense else _line(rows * channels * part * 8 + 128)
+    scratch = _line(pieces_at + piece_bytes * len(arrays))
+    progress_at = w.HEADER_BYTES
+    header = progress_at + (16 * tasks if split else 0)
+    gradient_bytes = 8 * gradients * 2 * _padded(C)
+    gradients_at = _line(header)
+    scratch_at = _line(gradients_at + gradient_parts * gradient_bytes)
+    store_at = scratch_at + slots * scratch
+    work_bytes = store_at + (tasks * store if split else 0)
+
+    axes = tuple(_axes(plan, layout, a) for a in arrays)
+    words = np.zeros(w.WORDS, np.int64)
+    values = {
+        w.N: N, w.OUTER: outer, w.C: C, w.INNER: inner, w.BUNDLES: bundles, w.BUNDLE_CHANNELS: width,
+        w.GROUPS: together, w.SEGMENTS: segments, w.ALL_GROUPS: G, w.GROUP_CHANNELS: 0 if labelled else D,
+        w.ROWS: rows, w.CHANNELS: channels, w.PART: part,
+        w.ROW_CHUNKS: row_chunks, w.CHANNEL_CHUNKS: channel_chunks, w.PARTS: parts, w.CHUNKS: chunks, w.LAYERS: layers,
+        w.BY_COLUMNS: by_columns, w.BY_ROWS: by_rows, w.SPLIT: split,
+        w.TICKETS: tickets, w.TICKET_SAMPLES: ticket_samples, w.TICKET_BUNDLES: ticket_bundles,
+        w.BUNDLE_TICKETS: bundle_tickets, w.WAVE_TASKS: wave_tasks,
+        w.SLOTS: slots, w.SCRATCH_AT: scratch_at, w.SCRATCH_BYTES: scratch, w.STORE_AT: store_at, w.STORE_BYTES: store,
+        w.PROGRESS_AT: progress_at, w.GRADIENTS_AT: gradients_at, w.GRADIENT_BYTES: gradient_bytes,
+        w.PARTIALS_AT: partials_at, w.SUMS_AT: sums_at, w.TOTALS_AT: totals_at,
+        w.WEIGHT_AT: weight_at, w.BIAS_AT: bias_at, w.OWN_STORE_AT: own_store_at, w.BLOCKS_AT: blocks_at,
+        w.COEFFICIENTS_AT: coefficients_at, w.COEFFICIENT_BYTES: coefficient_bytes,
+        w.PIECES_AT: pieces_at, w.PIECE_BYTES: piece_bytes,
+        w.STREAM: dense and arrays[-1].nbytes >= STREAM_FROM and (by_rows or inner * arrays[-1].itemsize >= 2048),
+        w.EPS: struct.unpack("q", struct.pack("d", plan.eps))[0],
+        w.WEIGHT_KIND: weight_kind, w.BIAS_KIND: bias_kind,
+        w.LABELS: 0 if plan.labels is None else _address(plan.labels),
+        w.ORDER: _address(plan.channel_order), w.BOUNDS: _address(plan.group_bounds),
+        w.PART_SAMPLES: part_samples, w.GRADIENT_PARTS: gradient_parts,
+    }  # fmt: skip
+    for name, value in values.items():
+        words[name] = value
+    for k, array in enumerate(arrays):
+        at = w.ARRAYS + k * w.ARRAY_WORDS
+        sn, so = layout.strides[k] if dense else (0, 0)
+        words[at : at + 5] = (not dense, sn * array.itemsize, so * array.itemsize, array.itemsize, _address(axes[k]))
+    return Geometry(words, _address(words), work_bytes, gradients_at + gradient_parts * gradient_bytes, slots, by_rows, not dense, axes)
+
+
+def _padded(count: int) -> int:
+    """Elements of an array that is read and written 16 lanes at a time."""
+    return -(-count // LANES) * LANES + LANES
+
+
+def _line(count: int) -> int:
+    """Bytes to the end of the cache line."""
+    return -(-count // 64) * 64
+
+
+def _address(array: np.ndarray[Any, Any]) -> int:
+    """Address of an array's first element."""
+    return int(array.__array_interface__["data"][0])
+
+
+def _axes(plan: Plan, layout: Layout, array: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Channel stride, numbers of batch, outer and inner axes, and (size, stride) of each, in bytes."""
+    position = layout.axes.index(plan.channel_axis)
+    batch = len(plan.batch_axes)
+    groups = (layout.axes[:batch], layout.axes[batch:position], layout.axes[position + 1 :])
+    pairs = [value for axes in groups for axis in axes for value in (plan.shape[axis], array.strides[axis])]
+    return np.array([array.strides[plan.channel_axis], *map(len, groups), *pairs], dtype=np.int64)
+
+
+__all__ = ["Geometry", "math", "of"]

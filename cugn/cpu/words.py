@@ -1,0 +1,65 @@
+"""The numbers that a kernel runs by, as int64 words in one block of memory, by name.
+
+`geometry.py` fills them from a plan, kernels read them with `word`. Strides and offsets are in bytes, sizes in elements.
+"""
+
+from __future__ import annotations
+
+from .compile import inner
+from .simd import load_i64
+
+# the arrays, canonical: (N, OUTER, C, INNER); a sample is BUNDLES tasks of BUNDLE_CHANNELS channels
+(N, OUTER, C, INNER, BUNDLES, BUNDLE_CHANNELS) = range(6)
+# of a bundle: groups; segments, the runs with statistics of their own; of the whole array: groups
+(GROUPS, SEGMENTS, ALL_GROUPS) = range(6, 9)
+# a chunk is ROWS x CHANNELS x PART elements; so many of them along each axis and in all
+(ROWS, CHANNELS, PART, ROW_CHUNKS, CHANNEL_CHUNKS, PARTS, CHUNKS) = range(9, 16)
+# statistics column by column; coefficients element by element of a row; one chunk a ticket
+(BY_COLUMNS, BY_ROWS, SPLIT) = range(16, 19)
+# tickets: in all; "whole": samples and bundles of one, "split": tasks of a wave
+(TICKETS, TICKET_SAMPLES, TICKET_BUNDLES, BUNDLE_TICKETS, WAVE_TASKS) = range(19, 24)
+# memory: participants at most, where and how large their scratch is, the stores of split tasks, the gradients' sums
+(SLOTS, SCRATCH_AT, SCRATCH_BYTES, STORE_AT, STORE_BYTES, PROGRESS_AT, GRADIENTS_AT, GRADIENT_BYTES) = range(24, 32)
+# within a store: partials or sums of each layer of chunks, then totals of each channel
+(LAYERS, PARTIALS_AT, SUMS_AT, TOTALS_AT) = range(32, 36)
+# within a scratch: weight and bias as float64, the store of a "whole" task, room for blocks, coefficients, gathered chunks
+(WEIGHT_AT, BIAS_AT, OWN_STORE_AT, BLOCKS_AT, COEFFICIENTS_AT, COEFFICIENT_BYTES, PIECES_AT, PIECE_BYTES) = range(36, 44)
+# streaming stores; eps as bits; dtypes of the vectors of length C (0 float32, 1 float64)
+(STREAM, EPS, WEIGHT_KIND, BIAS_KIND) = range(44, 48)
+# addresses of the labels' arrays (0 without labels)
+(LABELS, ORDER, BOUNDS) = range(48, 51)
+# sums in the backward: samples of one partial sum, and how many partial sums
+(PART_SAMPLES, GRADIENT_PARTS) = range(51, 53)
+# channels of a group (0 with labels)
+GROUP_CHANNELS = 53
+# five arrays of eight words: (strided, sn, so, itemsize, address of its axes)
+ARRAYS, ARRAY_WORDS = 56, 8
+WORDS = ARRAYS + 5 * ARRAY_WORDS
+(STRIDED, SN, SO, ITEMSIZE, AXES) = range(5)
+
+# A record, 16 float64 for each group of a task: what the statistics mean for its elements.
+# x_hat = (x*POWER + MINUS_HIGH + MINUS_LOW) * RATIO; POWER is the power of two next to rstd
+(MEAN, RSTD, POWER, MINUS_HIGH, MINUS_LOW, RATIO, COUNT, SLOPE, OFFSET, M2, MEAN_LOW) = range(11)
+RECORD_BYTES = 128
+PARTIAL_BYTES = 32
+
+# Start of a workspace: tickets taken, tickets done, participants. 64 bytes apart: no cache line is shared.
+(TAKEN, DONE, JOINED) = (0, 64, 128)
+HEADER_BYTES = 192
+
+
+# A call, int64 words at the start of a participant's scratch: addresses of the five arrays, then of these
+(CALL_MEAN, CALL_RSTD, CALL_DWEIGHT, CALL_DBIAS) = range(8, 12)
+CALL_BYTES = 128
+
+
+@inner
+def word(geometry: int, name: int) -> int:
+    """A word of the geometry."""
+    return load_i64(geometry, name)
+
+
+@inner
+def array_word(geometry: int, array: int, name: int) -> int:
+    """A word about one of the large arrays."""
+    return load_i64(geometry, ARRAYS + array * ARRAY_WORDS + name)
