@@ -170,14 +170,15 @@ def of(
     columns = _padded(channels * part)
     weight_at = w.CALL_BYTES
     bias_at = weight_at + 8 * _padded(C)
-    own_store_at = _line(bias_at + 8 * _padded(C))
+    own_records_at = _line(bias_at + 8 * _padded(C))
+    own_store_at = own_records_at + (records if sums else 0)
     blocks_at = own_store_at + (0 if split else store)
     span = (width // segments if segments > 1 else channels) * part
     block = 2048 if compute == "float64" else 4096
     blocks = rows * -(-span // block) if span >= block else -(-rows // max(block // span, 1))
     room = max(blocks * w.PARTIAL_BYTES, 64)
     if by_columns or (by_rows and sums):
-        room = max(room, 8 * (3 + sums) * columns)
+        room = max(room, 8 * (3 + 2 * sums) * columns)
     coefficients_at = _line(blocks_at + room)
     coefficient_bytes = _line((columns + LANES) * ITEMSIZE[compute])
     pieces_at = coefficients_at + (8 * coefficient_bytes if by_rows else 0)
@@ -212,6 +213,7 @@ def of(
         w.WEIGHT_KIND: weight_kind, w.BIAS_KIND: bias_kind,
         w.LABELS: 0 if plan.labels is None else _address(plan.labels),
         w.ORDER: _address(plan.channel_order), w.BOUNDS: _address(plan.group_bounds),
+        w.OWN_RECORDS_AT: own_records_at, w.PADDED_WIDTH: _padded(width),
         w.PART_SAMPLES: part_samples, w.GRADIENT_PARTS: gradient_parts,
     }  # fmt: skip
     for name, value in values.items():

@@ -32,6 +32,8 @@ from .simd import load_i64
 (PART_SAMPLES, GRADIENT_PARTS) = range(51, 53)
 # channels of a group (0 with labels)
 GROUP_CHANNELS = 53
+# records that a participant makes from given statistics; padded channels of a bundle
+(OWN_RECORDS_AT, PADDED_WIDTH) = range(54, 56)
 # five arrays of eight words: (strided, sn, so, itemsize, address of its axes)
 ARRAYS, ARRAY_WORDS = 56, 8
 WORDS = ARRAYS + 5 * ARRAY_WORDS
@@ -49,7 +51,7 @@ HEADER_BYTES = 192
 
 
 # A call, int64 words at the start of a participant's scratch: addresses of the five arrays, then of these
-(CALL_MEAN, CALL_RSTD, CALL_DWEIGHT, CALL_DBIAS) = range(8, 12)
+(CALL_MEAN, CALL_RSTD, CALL_WORK) = range(8, 11)
 CALL_BYTES = 128
 
 
