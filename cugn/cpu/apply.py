@@ -1,8 +1,8 @@
 """y = act(x_hat * weight + bias) over a run of one channel, or over rows with coefficients element by element.
 
-x is read once and y written once. With the mean in two parts and POWER next to rstd: t = fma(x, POWER, MINUS_HIGH) + MINUS_LOW,
-y = fma(t, a, b): four roundings, <= 2e of the result's scale. Streaming stores leave y out of the cache: 25 against 17 GB/s
-for arrays that would not stay there anyway.
+x is read once and y written once. With the mean in two parts and POWER next to rstd: t = fma(x, POWER, MINUS_HIGH)
++ MINUS_LOW, y = fma(t, a, b): four roundings, <= 2e of the result's scale. Streaming stores leave y out of the
+cache: 25 against 17 GB/s for arrays that would not stay there anyway.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def to_compute(compute: str) -> Any:
 
 @cache
 def apply_kernels(x: str, y: str, compute: str, activation: str | None, x_size: int, y_size: int) -> tuple[Any, Any]:
-    """run(px, py, count, five scalars, stream) and rows(px, x_step, py, y_step, rows, cols, coefficients, each, stream)."""
+    """run(px, py, count, five scalars, stream) and rows(px, x_step, py, y_step, rows, cols, coefficients, each,
+    stream).
+    """
     load, load_part = loader(x, compute)
     store, store_part, store_stream = storer(y, compute)
     load_c, _ = loader(compute, compute)

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from importlib import import_module
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from ..plan import Plan
-from . import geometry, kernel_backward, kernel_forward, threads
-from .compile import compiled
-from .sums import SUMS
+from . import cache as disk
+from . import geometry, threads
 
 Array = Any
 SMALL_GROUP = 32
-"""Elements of a group up to which the backward computes in float64: dx of two elements is what is left when dy cancels."""
+"""Elements of a group up to which the backward computes in float64: dx of two elements is what is left when dy
+cancels.
+"""
 
 
 class _Ready(NamedTuple):
     """What a plan's calls of one operation share."""
 
-    count: int
+    setting: int
     entry: Callable[..., int]
     address: int
     work_bytes: int
@@ -33,16 +35,18 @@ class _Ready(NamedTuple):
 
 
 @cache
-def _forward_kernel(x: str, y: str, activation: str | None, by_rows: bool, strided: bool) -> Callable[..., int]:
-    compute = "float64" if y == "float64" else "float32"
-    return compiled(kernel_forward.kernel(x, y, compute, activation, by_rows, strided))
+def _kernel(operation: str, *options: Any) -> Callable[..., int]:
+    """The kernel of an operation for these dtypes and this kind of layout: from disk, else compiled and kept there."""
+    name = repr((operation, *options))
+    entry = disk.load(name)
+    if entry is None:
+        from .compile import compiled
 
-
-@cache
-def _backward_kernel(
-    x: str, y: str, compute: str, activation: str | None, by_rows: bool, strided: bool
-) -> Callable[..., int]:
-    return compiled(kernel_backward.kernel(x, y, compute, activation, by_rows, strided))
+        module = import_module(f".kernel_{operation}", __package__)
+        result = compiled(module.kernel(*options))
+        disk.save(name, result)
+        entry = result.entry_point
+    return cast("Callable[..., int]", entry)
 
 
 def _empty_result(plan: Plan, x: Array) -> Array:
@@ -67,7 +71,9 @@ def _plain(vector: Array) -> bool:
 
 def _vector(vector: Array) -> Array:
     """A vector over the channels as a kernel reads it: contiguous, float32 or float64."""
-    return None if vector is None else np.ascontiguousarray(vector, np.float64 if vector.dtype.char == "d" else np.float32)
+    return (
+        None if vector is None else np.ascontiguousarray(vector, np.float64 if vector.dtype.char == "d" else np.float32)
+    )
 
 
 def _kind(vector: Array, otherwise: str) -> int:
@@ -85,7 +91,7 @@ def _prepare_forward(plan: Plan, x: Array, weight: Array, bias: Array, out: Arra
         plan, [x, out], threads.count, compute=compute, phases=2,
         weight_kind=_kind(weight, plan.y_dtype), bias_kind=_kind(bias, plan.y_dtype),
     )  # fmt: skip
-    entry = _forward_kernel(plan.x_dtype, plan.y_dtype, plan.activation, shape.by_rows, shape.strided)
+    entry = _kernel("forward", plan.x_dtype, plan.y_dtype, compute, plan.activation, shape.by_rows, shape.strided)
     plain = _plain(weight) and _plain(bias)
     return _Ready(
         threads.count, entry, shape.address, shape.work_bytes, shape.header_bytes, shape.threads, plain, shape
@@ -97,7 +103,7 @@ def forward(plan: Plan, x: Array, weight: Array, bias: Array, out: Array) -> tup
     if out is None:
         out = _empty_result(plan, x)
     ready: _Ready | None = plan.__dict__.get("cpu_forward")
-    if ready is None or ready.count != threads.count:
+    if ready is None or ready.setting != threads.count:
         ready = plan.__dict__["cpu_forward"] = _prepare_forward(plan, x, weight, bias, out)
     if not ready.plain:
         weight, bias = _vector(weight), _vector(bias)
@@ -120,10 +126,10 @@ def _prepare_backward(plan: Plan, dy: Array, x: Array, weight: Array, bias: Arra
     elements = plan.C // plan.G * plan.S
     compute = "float64" if plan.y_dtype == "float64" or elements <= SMALL_GROUP else "float32"
     shape = geometry.of(
-        plan, [x, dy, out], threads.count, compute=compute, phases=phases, sums=SUMS, gradients=2,
+        plan, [x, dy, out], threads.count, compute=compute, phases=phases, sums=geometry.SUMS, gradients=2,
         weight_kind=_kind(weight, plan.y_dtype), bias_kind=_kind(bias, plan.y_dtype),
     )  # fmt: skip
-    entry = _backward_kernel(plan.x_dtype, plan.y_dtype, compute, plan.activation, shape.by_rows, shape.strided)
+    entry = _kernel("backward", plan.x_dtype, plan.y_dtype, compute, plan.activation, shape.by_rows, shape.strided)
     plain = _plain(weight) and _plain(bias)
     return _Ready(
         threads.count, entry, shape.address, shape.work_bytes, shape.header_bytes, shape.threads, plain, shape
@@ -144,7 +150,7 @@ def backward(
     first = 0 if mean is None else 1
     name = "cpu_backward" if mean is None else "cpu_backward_given"
     ready: _Ready | None = plan.__dict__.get(name)
-    if ready is None or ready.count != threads.count:
+    if ready is None or ready.setting != threads.count:
         ready = plan.__dict__[name] = _prepare_backward(plan, dy, x, weight, bias, 3 - first, out)
     if not ready.plain:
         weight, bias = _vector(weight), _vector(bias)

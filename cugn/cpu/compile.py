@@ -1,7 +1,8 @@
 """How the engine's functions are compiled: inner ones into kernels, a kernel with int64 arguments alone, kept on disk.
 
-Numba optimizes and emits machine code for every function that another one calls, and again within each caller. Inner functions here
-only lend their LLVM code to the kernels that link them, which are optimized once: 3 s for the first forward, not 9 s.
+Numba optimizes and emits machine code for every function that another one calls, and again within each caller.
+Inner functions here only lend their LLVM code to the kernels that link them, which are optimized once: 3 s for the
+first forward, not 9 s.
 """
 
 from __future__ import annotations
@@ -46,15 +47,17 @@ _OPTIONS = {"nogil": True, "error_model": "numpy", "_nrt": False}
 
 def inner(function: Callable[..., Any]) -> Any:
     """A function that only kernels call: compiled for the types that come, without a Python entry."""
-    return numba.njit(
-        **_OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True, pipeline_class=_InnerCompiler
-    )(function)
+    return numba.njit(**_OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True, pipeline_class=_InnerCompiler)(
+        function
+    )
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., int]:
-    """A kernel as a callable of ints, without the dispatcher: 0.2 us a call, the GIL released."""
+def compiled(function: Callable[..., Any]) -> Any:
+    """A kernel, compiled: Numba's result, whose `entry_point` is a callable of ints.
+
+    Without the dispatcher that is 0.2 us a call; the GIL is released.
+    """
     signature = types.int64(*[types.int64] * function.__code__.co_argcount)
     dispatcher = numba.njit(signature, **_OPTIONS, no_cfunc_wrapper=True)(function)
     (result,) = dispatcher.overloads.values()
-    entry: Callable[..., int] = result.entry_point
-    return entry
+    return result

@@ -1,8 +1,8 @@
 """Memory of every dtype to and from float32 or float64 lanes.
 
-float16 goes through the CPU's own conversion where it has one (F16C: 11 Gelem/s) and through integer arithmetic elsewhere: LLVM
-would call a library function that is not there, and abort. bfloat16 is shifts with round to nearest even. CUGN_F16C=0
-forces the arithmetic, which is how the tests reach it.
+float16 goes through the CPU's own conversion where it has one (F16C: 11 Gelem/s) and through integer arithmetic
+elsewhere: LLVM would call a library function that is not there, and abort. bfloat16 is shifts with round to nearest
+even. CUGN_F16C=0 forces the arithmetic, which is how the tests reach it.
 """
 
 from __future__ import annotations
@@ -83,9 +83,7 @@ def _float_to_half(builder: Any, value: Any) -> Any:
     # adding 0.5 leaves the subnormal's digits, rounded, at the end of the significand
     shifted = builder.fadd(builder.bitcast(magnitude, vector_of(_FLOAT)), constant(_FLOAT, 0.5))
     subnormal = builder.sub(builder.bitcast(shifted, vector_of(_I32)), constant(_I32, 0x3F000000))
-    result = builder.select(
-        builder.icmp_unsigned("<", magnitude, constant(_I32, 0x38800000)), subnormal, normal
-    )
+    result = builder.select(builder.icmp_unsigned("<", magnitude, constant(_I32, 0x38800000)), subnormal, normal)
     result = builder.select(
         builder.icmp_unsigned(">=", magnitude, constant(_I32, 0x47800000)), constant(_I32, 0x7C00), result
     )
@@ -175,9 +173,7 @@ def storer(dtype: str, compute: str) -> tuple[Any, Any, Any]:
     @intrinsic
     def store(typingctx: Any, address: Any, value: Any) -> Any:
         def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            builder.store(
-                _from_lanes(builder, dtype, args[1]), pointer(builder, args[0], vector_of(storage)), align=1
-            )
+            builder.store(_from_lanes(builder, dtype, args[1]), pointer(builder, args[0], vector_of(storage)), align=1)
             return context.get_dummy_value()
 
         return types.none(types.int64, lanes), codegen

@@ -1,8 +1,9 @@
 """From a plan to the words that a kernel runs by: how the arrays are cut into tasks, chunks and tickets.
 
-A *task* is one sample's bundle of groups: one group where channels are runs, as many groups as fill a few cache lines of a row in
-channels-last. A task is cut into *chunks* (rows x channels x part of a channel) by the sizes of the group alone, so
-that every sum is added in the same order whatever N, the threads or the alignment. Tickets give work to threads:
+A *task* is one sample's bundle of groups: one group where channels are runs, as many groups as fill a few cache
+lines of a row in channels-last. A task is cut into *chunks* (rows x channels x part of a channel) by the sizes of
+the group alone, so that every sum is added in the same order whatever N, the threads or the alignment. Tickets give
+work to threads:
 
 - whole: a ticket is some tasks; all phases of a task by one thread, while its elements are in that thread's cache;
 - split: a ticket is one chunk in one phase; the last thread to finish a task's phase merges its chunks. Tasks go in
@@ -13,7 +14,6 @@ Both add the same sums in the same order: the choice may go by N and by the numb
 
 from __future__ import annotations
 
-import math
 import struct
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ import numpy as np
 from ..layout import Layout
 from ..plan import Plan
 from . import words as w
+from .words import SUMS
 
 ITEMSIZE = {
     "bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2,
@@ -126,8 +127,11 @@ def of(
         if channels == width:
             rows = max(target // (width * inner), 1)
             if by_columns:
-                # sums of each column are kept for each chunk: enough rows that they are < 1 % of x
-                rows = max(rows, min(outer // 16, 2048))
+                # sums of each column are kept for each chunk: enough rows that they are < 1 % of x, but not so
+                # many that
+                # float64 loses bits by adding one after another (12u over 6000 rows)
+                limit = 512 if compute == "float64" else 2048
+                rows = min(max(rows, min(outer // 16, limit)), limit)
             rows = min(rows, outer)
     row_chunks, channel_chunks, parts = -(-outer // rows), -(-width // channels), -(-inner // part)
     chunks = row_chunks * channel_chunks * parts
@@ -160,7 +164,6 @@ def of(
     slots = max(min(threads, tickets), 1)
 
     # memory
-    layout_words: dict[int, int] = {}
     records = together * w.RECORD_BYTES
     partials = chunks * w.PARTIAL_BYTES if segments == 1 else layers * segments * w.PARTIAL_BYTES
     partials_at = records
@@ -222,7 +225,16 @@ def of(
         at = w.ARRAYS + k * w.ARRAY_WORDS
         sn, so = layout.strides[k] if dense else (0, 0)
         words[at : at + 5] = (not dense, sn * array.itemsize, so * array.itemsize, array.itemsize, _address(axes[k]))
-    return Geometry(words, _address(words), work_bytes, gradients_at + gradient_parts * gradient_bytes, slots, by_rows, not dense, axes)
+    return Geometry(
+        words,
+        _address(words),
+        work_bytes,
+        gradients_at + gradient_parts * gradient_bytes,
+        slots,
+        by_rows,
+        not dense,
+        axes,
+    )
 
 
 def _padded(count: int) -> int:
@@ -249,4 +261,4 @@ def _axes(plan: Plan, layout: Layout, array: Any) -> np.ndarray[Any, np.dtype[np
     return np.array([array.strides[plan.channel_axis], *map(len, groups), *pairs], dtype=np.int64)
 
 
-__all__ = ["Geometry", "math", "of"]
+__all__ = ["SUMS", "Geometry", "of"]

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 from . import words as w
+from .access import word
 from .compile import inner
 from .convert import loader, storer
 from .simd import (
@@ -21,7 +22,6 @@ from .simd import (
     widen_scalar,
 )
 from .statistics import record_writer, rstd_of, statistics
-from .words import word
 
 _HEADER = object.__basicsize__
 _load64, _ = loader("float64", "float64")
@@ -110,7 +110,8 @@ def moments_finisher(dtype: str, compute: str, array: int, by_rows: bool, stride
 def coefficient_kernel(compute: str) -> Any:
     """expand(...): coefficients of a chunk of whole rows, element by element, in `compute` lanes.
 
-    Arrays: power, minus_high, minus_low of the group, first = weight * SLOPE, second = bias (forward) or the group's constants.
+    Arrays: power, minus_high, minus_low of the group, first = weight * SLOPE, second = bias (forward) or the
+    group's constants.
     """
     store_c, _, _ = storer(compute, "float64")
     size = 4 if compute == "float32" else 8

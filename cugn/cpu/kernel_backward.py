@@ -1,8 +1,8 @@
 """The backward kernel: moments (phase 0, if they were not given), sums of dz and dz*x_hat (phase 1), dx (phase 2).
 
-dy and x are read twice and dx written once; a group that fits in cache costs one reading of each. dz = dy * act'(z).
-With A = weight*RATIO, B and C of the group: dx = POWER * (A*dz + B*t + C), t = x_hat / RATIO.
-dweight and dbias are sums over samples of the channels' sums: in parts of PART_SAMPLES samples, each part in order and without
+dy and x are read twice and dx written once; a group that fits in cache costs one reading of each. dz = dy *
+act'(z). With A = weight*RATIO, B and C of the group: dx = POWER * (A*dz + B*t + C), t = x_hat / RATIO. dweight and
+dbias are sums over samples of the channels' sums: in parts of PART_SAMPLES samples, each part in order and without
 loss (two float64), the parts in order at the end.
 """
 
@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from . import words as w
+from .access import word
 from .activate import activation_kernels
 from .apply import to_compute
 from .chunks import chunk_memory, chunk_of
@@ -32,8 +33,8 @@ from .simd import (
     store_i64,
 )
 from .statistics import itemsize, record_writer, statistics
-from .sums import SUMS, accumulate, add_layers, dot, sum_kernels, total_of
-from .words import word
+from .sums import accumulate, add_layers, dot, sum_kernels, total_of
+from .words import SUMS
 
 _X, _DY, _OUT = 0, 1, 2  # positions among the arrays of the geometry
 _ROWS = 4
@@ -63,9 +64,7 @@ def apply_kernels(x: str, y: str, compute: str, activation: str | None) -> tuple
         return fma(a, v, fma(b, t, c)) * p
 
     @inner
-    def run(
-        px: int, pv: int, py: int, count: int, record: int, scale: float, shift: float, stream: bool
-    ) -> None:
+    def run(px: int, pv: int, py: int, count: int, record: int, scale: float, shift: float, stream: bool) -> None:
         p = lanes(load_f64(record, w.POWER))
         h = lanes(load_f64(record, w.MINUS_HIGH))
         m = lanes(load_f64(record, w.MINUS_LOW))
@@ -151,7 +150,9 @@ def apply_kernels(x: str, y: str, compute: str, activation: str | None) -> tuple
 
 @cache
 def expander(compute: str) -> Any:
-    """expand(...): coefficients element by element: power, high, low, weight*RATIO, bias, SLOPE, OFFSET; and two in float64."""
+    """expand(...): coefficients element by element: power, high, low, weight*RATIO, bias, SLOPE, OFFSET; and two in
+    float64.
+    """
     store_c, _, _ = storer(compute, "float64")
     size = 4 if compute == "float32" else 8
 

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 from . import words as w
+from .access import word
 from .apply import apply_kernels
 from .chunks import chunk_memory, chunk_of
 from .compile import inner
@@ -16,7 +17,6 @@ from .groups import coefficient_kernel, data_of, group_of, join, moments_finishe
 from .schedule import scheduler
 from .simd import load_f64, load_i64, store_fence, store_i64
 from .statistics import itemsize, statistics
-from .words import word
 
 ARGUMENTS = 9
 _X, _OUT = 0, 1  # positions among the arrays of the geometry

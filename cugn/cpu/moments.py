@@ -1,12 +1,14 @@
 """Kernels for count, mean and sum of squared deviations of a block of x, and their merge.
 
-A partial is four float64: count, mean (high part), mean (low part), m2. A block is read from cache twice at most, memory once.
+A partial is four float64: count, mean (high part), mean (low part), m2. A block is read from cache twice at most,
+memory once.
 
-float32 lanes (float16, bfloat16, float32, small integers): float64 sums of d = x - shift and d*d, where shift is the block's first
-element. The variance loses at most a factor `elements of the block` of float64's 2^-53, so BLOCK = 4096 keeps 1e-12.
-float64 lanes: the block's mean first, then sums of d and d*d about it; the sum of d is the rounding that the mean lost, and makes
-its low part. x is multiplied by a power of two on the way, which is 1 except where squares left float64's range.
-Merging takes the partials in order: their means relative to the first one's, then m2 about the common mean.
+float32 lanes (float16, bfloat16, float32, small integers): float64 sums of d = x - shift and d*d, where shift is
+the block's first element. The variance loses at most a factor `elements of the block` of float64's 2^-53, so BLOCK
+= 4096 keeps 1e-12. float64 lanes: the block's mean first, then sums of d and d*d about it; the sum of d is the
+rounding that the mean lost, and makes its low part. x is multiplied by a power of two on the way, which is 1 except
+where squares left float64's range. Merging takes the partials in order: their means relative to the first one's,
+then m2 about the common mean.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ BLOCK = {"float32": 4096, "float64": 2048}
 
 _load64, _load64_part = loader("float64", "float64")
 _store64 = storer("float64", "float64")[0]
-_ROWS = 8  # rows taken together by the column kernel: eight streams, accumulators in L1 read and written once for all of them
+# rows taken together by the column kernel: eight streams, accumulators in L1 read and written once for all of
+# them
+_ROWS = 8
 
 
 @inner
@@ -205,9 +209,7 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
         return widen(load_part(p, left))
 
     @inner
-    def columns(
-        p: int, rows: int, row_bytes: int, cols: int, scale: float, scratch: int, width: int, out: int
-    ) -> None:
+    def columns(p: int, rows: int, row_bytes: int, cols: int, scale: float, scratch: int, width: int, out: int) -> None:
         # scratch: five float64 arrays of `padded` columns; a segment is `width` columns and gets one partial at out
         padded = (cols + LANES - 1) // LANES * LANES
         shifts = scratch
@@ -234,8 +236,8 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
             left = cols
             j = 0
             while left > 0:
-                s = _load64(sums + 8 * j)
-                square = _load64(squares + 8 * j)
+                s = zero
+                square = zero
                 shift = _load64(shifts + 8 * j)
                 for r in range(_ROWS):
                     if left >= LANES:
@@ -245,8 +247,8 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
                     d = fma(x, factor, zero - shift)
                     s += d
                     square = fma(d, d, square)
-                _store64(sums + 8 * j, s)
-                _store64(squares + 8 * j, square)
+                _store64(sums + 8 * j, _load64(sums + 8 * j) + s)
+                _store64(squares + 8 * j, _load64(squares + 8 * j) + square)
                 q += step
                 j += LANES
                 left -= LANES
@@ -271,8 +273,6 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
             out += PARTIAL_BYTES
 
     return rect, columns
-
-
 
 
 @inner

@@ -1,7 +1,7 @@
 """Who does what when: tickets, phases and waiting, inside one native call that any number of threads may join.
 
-A thread that joins late finds fewer tickets, one that never comes is not missed: the caller alone can finish the job. Nothing
-is waited for but a chunk that another thread is working on at this moment.
+A thread that joins late finds fewer tickets, one that never comes is not missed: the caller alone can finish the
+job. Nothing is waited for but a chunk that another thread is working on at this moment.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from numba.core import types
 from numba.core.typing import signature
 
 from . import words as w
+from .access import word
 from .compile import inner
 from .simd import atomic_add, atomic_load, pause
-from .words import word
 
 _SPINS = 2000  # about 30 us of pause; then the processor is offered to whoever holds the chunk that is waited for
 
@@ -45,8 +45,9 @@ def wait_until(address: int, count: int) -> None:
 def scheduler(run_chunk: Callable[..., Any], finish: Callable[..., Any]) -> Any:
     """Kernel part that takes tickets until there are none.
 
-    run_chunk(phase, geometry, call, task, chunk, store, scratch) and finish(phase, geometry, call, task, store, scratch),
-    which follows when all chunks of the task's phase are done. Phases run from `first` to `last`; the last has no finish.
+    run_chunk(phase, geometry, call, task, chunk, store, scratch); finish(... without chunk ...),
+    which follows when all chunks of the task's phase are done. Phases run from `first` to `last`; the last has no
+    finish.
     """
 
     @inner

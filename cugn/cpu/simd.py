@@ -1,9 +1,10 @@
 """Explicit 16-lane vectors for Numba: a value type, its arithmetic, and memory by address.
 
-A kernel written with these does the same operations on the same lanes in the body of a loop and in its masked tail, so that an
-element's bits never depend on where in a run it lies; nothing is left to the auto-vectorizer, and no fast-math flag is needed.
-LLVM splits 16 lanes over as many registers as the CPU needs: one AVX-512 register for float32, two AVX2 ones, four of NEON.
-Addresses are plain int64: no array is boxed, counted or bounds-checked inside a kernel.
+A kernel written with these does the same operations on the same lanes in the body of a loop and in its masked tail,
+so that an element's bits never depend on where in a run it lies; nothing is left to the auto-vectorizer, and no
+fast-math flag is needed. LLVM splits 16 lanes over as many registers as the CPU needs: one AVX-512 register for
+float32, two AVX2 ones, four of NEON. Addresses are plain int64: no array is boxed, counted or bounds-checked inside
+a kernel.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from numba.extending import intrinsic
 LANES = 16
 
 
-class Vector(types.Type):  # type: ignore[misc]
+class Vector(types.Type):
     """16 lanes of float32, float64, int32 or bool."""
 
     def __init__(self, lane: types.Type) -> None:
@@ -80,7 +81,7 @@ def _binary(op: Any, float_method: str, int_method: str | None = None) -> None:
     for vec in (F32, F64) if int_method is None else (F32, F64, I32):
 
         def lower(context: Any, builder: Any, sig: Any, args: Any, vec: Vector = vec) -> Any:
-            method = float_method if vec is not I32 else int_method
+            method = int_method if vec is I32 and int_method is not None else float_method
             return getattr(builder, method)(*args)
 
         lower_builtin(op, vec, vec)(lower)

@@ -7,12 +7,25 @@ from functools import cache
 from typing import Any
 
 from . import words as w
+from .access import word
 from .chunks import chunk_memory, chunk_of
 from .compile import inner
 from .convert import loader
 from .moments import block_kernels, merge
-from .simd import LANES, bits_float, float_bits, load_f64, reduce_max, store_f64, vector_abs, vector_max, narrow_scalar, widen, widen_scalar
-from .words import PARTIAL_BYTES, word
+from .simd import (
+    LANES,
+    bits_float,
+    float_bits,
+    load_f64,
+    narrow_scalar,
+    reduce_max,
+    store_f64,
+    vector_abs,
+    vector_max,
+    widen,
+    widen_scalar,
+)
+from .words import PARTIAL_BYTES
 
 _ITEMSIZE = {"int8": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "int16": 2, "uint16": 2, "float32": 4, "float64": 8}
 
@@ -75,9 +88,11 @@ def rstd_of(m2: float, count: float, scale: float, eps: float) -> float:
 
 @cache
 def statistics(dtype: str, compute: str, array: int, by_rows: bool, strided: bool) -> tuple[Any, Any]:
-    """chunk(geometry, base, task, chunk, store, scratch), and group(..., segment, ...): a segment's partial and scale."""
+    """chunk(geometry, base, task, chunk, store, scratch), and group(..., segment, ...): a segment's partial and
+    scale.
+    """
     rect, columns = block_kernels(dtype, compute, itemsize(dtype))
-    load, load_part = loader(dtype, compute)
+    _, load_part = loader(dtype, compute)
     size = itemsize(dtype)
     double = compute == "float64"
     open_chunk, row_bytes, _ = chunk_memory(strided)

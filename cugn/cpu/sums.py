@@ -1,8 +1,9 @@
-"""Sums of v and v*t, and of t, over a chunk, channel by channel: what the backward and the jvp need of their second input.
+"""Sums of v and v*t, and of t, over a chunk, channel by channel: what the backward and the jvp need of their second
+input.
 
-v is dy times the activation's slope; t = fma(x, POWER, -mean*POWER) in float64 is x_hat up to the group's RATIO. Both are read once;
-sums are in float64 lanes. The sum of t is taken in float64 calls only: it is the part of the mean that one
-float64 does not hold.
+v is dy times the activation's slope; t = fma(x, POWER, -mean*POWER) in float64 is x_hat up to the group's RATIO.
+Both are read once; sums are in float64 lanes. The sum of t is taken in float64 calls only: it is the part of the
+mean that one float64 does not hold.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from .convert import loader, storer
 from .simd import LANES, first_lanes, fma, load_f64, reduce_add, select, splat, store_f64, widen
 from .words import MINUS_HIGH, MINUS_LOW, POWER
 
-SUMS = 3
 _ROWS = 4
 _load64, _load64_part = loader("float64", "float64")
 _store64, _store64_part, _ = storer("float64", "float64")
@@ -116,9 +116,9 @@ def sum_kernels(v: str, x: str, compute: str, activation: str | None, v_size: in
         while left > 0:
             power = _load64(own)
             minus = _load64(own + each64)
-            sum_v = _load64(own + 2 * each64)
-            sum_vt = _load64(own + 3 * each64)
-            sum_t = _load64(own + 4 * each64)
+            sum_v = splat(0.0)
+            sum_vt = sum_v
+            sum_t = sum_v
             p = load_c(coefficients)
             h = load_c(coefficients + each)
             m = load_c(coefficients + 2 * each)
@@ -139,9 +139,10 @@ def sum_kernels(v: str, x: str, compute: str, activation: str | None, v_size: in
                 sum_vt = fma(wide, t, sum_vt)
                 if double:
                     sum_t += t
-            _store64(own + 2 * each64, sum_v)
-            _store64(own + 3 * each64, sum_vt)
-            _store64(own + 4 * each64, sum_t)
+            _store64(own + 2 * each64, _load64(own + 2 * each64) + sum_v)
+            _store64(own + 3 * each64, _load64(own + 3 * each64) + sum_vt)
+            if double:
+                _store64(own + 4 * each64, _load64(own + 4 * each64) + sum_t)
             own += 8 * LANES
             coefficients += LANES * c_size
             px += LANES * x_size

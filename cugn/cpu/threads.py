@@ -1,8 +1,9 @@
 """A private pool of threads that help with one native call at a time, and never have to.
 
-The caller posts a job, then does the job itself; helpers that wake in time take some of its tickets (`schedule.py`). So there is
-nothing to wait for when a helper is late, missing (a child after fork, interpreter shutdown), or busy with another caller:
-concurrent and nested callers, Dask's threads and processes made by fork or spawn need no special case.
+The caller posts a job, then does the job itself; helpers that wake in time take some of its tickets
+(`schedule.py`). So there is nothing to wait for when a helper is late, missing (a child after fork, interpreter
+shutdown), or busy with another caller: concurrent and nested callers, Dask's threads and processes made by fork or
+spawn need no special case.
 """
 
 from __future__ import annotations
@@ -147,7 +148,8 @@ def run(entry: Callable[..., int], arguments: tuple[int, ...], arrays: tuple[Any
         entry(*arguments, 1)
         finished = True
     finally:
-        # an interrupt between these lines leaves helpers at work: join them, so that nothing is written after the return
+        # an interrupt between these lines leaves helpers at work: join them, so that nothing is written after the
+        # return
         if not finished:
             entry(*arguments, 1)
         job.call = None

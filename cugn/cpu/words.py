@@ -1,12 +1,10 @@
 """The numbers that a kernel runs by, as int64 words in one block of memory, by name.
 
-`geometry.py` fills them from a plan, kernels read them with `word`. Strides and offsets are in bytes, sizes in elements.
+`geometry.py` fills them from a plan, kernels read them with `word` (`access.py`). Strides and offsets are in bytes,
+sizes in elements.
 """
 
 from __future__ import annotations
-
-from .compile import inner
-from .simd import load_i64
 
 # the arrays, canonical: (N, OUTER, C, INNER); a sample is BUNDLES tasks of BUNDLE_CHANNELS channels
 (N, OUTER, C, INNER, BUNDLES, BUNDLE_CHANNELS) = range(6)
@@ -22,8 +20,11 @@ from .simd import load_i64
 (SLOTS, SCRATCH_AT, SCRATCH_BYTES, STORE_AT, STORE_BYTES, PROGRESS_AT, GRADIENTS_AT, GRADIENT_BYTES) = range(24, 32)
 # within a store: partials or sums of each layer of chunks, then totals of each channel
 (LAYERS, PARTIALS_AT, SUMS_AT, TOTALS_AT) = range(32, 36)
-# within a scratch: weight and bias as float64, the store of a "whole" task, room for blocks, coefficients, gathered chunks
-(WEIGHT_AT, BIAS_AT, OWN_STORE_AT, BLOCKS_AT, COEFFICIENTS_AT, COEFFICIENT_BYTES, PIECES_AT, PIECE_BYTES) = range(36, 44)
+# within a scratch: weight and bias as float64, the store of a "whole" task, room for blocks, coefficients,
+# gathered chunks
+(WEIGHT_AT, BIAS_AT, OWN_STORE_AT, BLOCKS_AT, COEFFICIENTS_AT, COEFFICIENT_BYTES, PIECES_AT, PIECE_BYTES) = range(
+    36, 44
+)
 # streaming stores; eps as bits; dtypes of the vectors of length C (0 float32, 1 float64)
 (STREAM, EPS, WEIGHT_KIND, BIAS_KIND) = range(44, 48)
 # addresses of the labels' arrays (0 without labels)
@@ -54,14 +55,5 @@ HEADER_BYTES = 192
 (CALL_MEAN, CALL_RSTD, CALL_WORK) = range(8, 11)
 CALL_BYTES = 128
 
-
-@inner
-def word(geometry: int, name: int) -> int:
-    """A word of the geometry."""
-    return load_i64(geometry, name)
-
-
-@inner
-def array_word(geometry: int, array: int, name: int) -> int:
-    """A word about one of the large arrays."""
-    return load_i64(geometry, ARRAYS + array * ARRAY_WORDS + name)
+SUMS = 3
+"""Sums that the backward keeps for each channel: of v, of v*t, of t."""
