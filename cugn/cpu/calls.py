@@ -43,7 +43,7 @@ def _kernel(operation: str, *options: Any) -> Callable[..., int]:
         from .compile import compiled
 
         module = import_module(f".kernel_{operation}", __package__)
-        result = compiled(module.kernel(*options))
+        result = compiled(module.kernel(*options), name)
         disk.save(name, result)
         entry = result.entry_point
     return cast("Callable[..., int]", entry)

@@ -181,7 +181,7 @@ def of(
     blocks = rows * -(-span // block) if span >= block else -(-rows // max(block // span, 1))
     room = max(blocks * w.PARTIAL_BYTES, 64)
     if by_columns or (by_rows and sums):
-        room = max(room, 8 * (3 + 2 * sums) * columns)
+        room = max(room, 8 * max(5, 2 + 2 * sums) * columns)
     coefficients_at = _line(blocks_at + room)
     coefficient_bytes = _line((columns + LANES) * ITEMSIZE[compute])
     pieces_at = coefficients_at + (8 * coefficient_bytes if by_rows else 0)

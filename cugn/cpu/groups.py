@@ -95,13 +95,13 @@ def moments_finisher(dtype: str, compute: str, array: int, by_rows: bool, stride
             scale = segment_moments(geometry, base, task, g, store, scratch, partial)
             count = load_f64(partial, 0)
             m2 = load_f64(partial, 3)
-            rstd = rstd_of(m2, count, scale, eps)
+            root, root_scale = rstd_of(m2, count, scale, eps)
             mean = load_f64(partial, 1) / scale
             record = store + g * w.RECORD_BYTES
-            fill(record, mean, load_f64(partial, 2) / scale, rstd)
+            fill(record, load_f64(partial, 1), load_f64(partial, 2), scale, root, root_scale)
             store_f64(record, w.COUNT, count)
             store_f64(mean_out, task * groups + g, mean)
-            store_f64(rstd_out, task * groups + g, rstd)
+            store_f64(rstd_out, task * groups + g, root * root_scale)
 
     return finish
 

@@ -222,7 +222,7 @@ def sums_phase(x: str, y: str, compute: str, activation: str | None, by_rows: bo
         rstd = load_i64(call, w.CALL_RSTD) + 8 * task * groups
         records = scratch + word(geometry, w.OWN_RECORDS_AT)
         for g in range(groups):
-            fill(records + g * w.RECORD_BYTES, load_f64(mean, g), 0.0, load_f64(rstd, g))
+            fill(records + g * w.RECORD_BYTES, load_f64(mean, g), 0.0, 1.0, load_f64(rstd, g), 1.0)
             store_f64(records + g * w.RECORD_BYTES, w.SLOPE, 0.0)
             store_f64(records + g * w.RECORD_BYTES, w.OFFSET, 0.0)
         piece = scratch + word(geometry, w.PIECES_AT)
@@ -242,7 +242,7 @@ def sums_phase(x: str, y: str, compute: str, activation: str | None, by_rows: bo
             each64 = 8 * ((cols + LANES - 1) // LANES * LANES + LANES)
             expand(geometry, bundle0, channel0, channels, records, scratch, own, each64)
             zero = splat(0.0)
-            for k in range(2, 2 + SUMS):
+            for k in range(2, 2 + 2 * SUMS):
                 for j in range(0, cols, LANES):
                     _store64(own + k * each64 + 8 * j, zero)
             coefficients = scratch + word(geometry, w.COEFFICIENTS_AT)
@@ -250,10 +250,11 @@ def sums_phase(x: str, y: str, compute: str, activation: str | None, by_rows: bo
             columns(pv, v_step, px, x_step, rows, cols, own, each64, coefficients, each)
             for k in range(SUMS):
                 sums = own + (2 + k) * each64
+                lost = sums + SUMS * each64
                 for c in range(channels):
                     total = 0.0
-                    for j in range(length):
-                        total += load_f64(sums, c * length + j)
+                    for j in range(c * length, (c + 1) * length):
+                        total += load_f64(sums, j) + load_f64(lost, j)
                     store_f64(out + k * padded, c, total)
         else:
             weight = scratch + word(geometry, w.WEIGHT_AT)
@@ -284,7 +285,7 @@ def sums_phase(x: str, y: str, compute: str, activation: str | None, by_rows: bo
         count = float(size * word(geometry, w.OUTER) * word(geometry, w.INNER))
         for g in range(groups):
             record = store + g * w.RECORD_BYTES
-            fill(record, load_f64(mean, g), 0.0, load_f64(rstd, g))
+            fill(record, load_f64(mean, g), 0.0, 1.0, load_f64(rstd, g), 1.0)
             at = 8 * g * size
             mean_t = 0.0
             if double:

@@ -24,6 +24,7 @@ from .simd import (
     fma,
     load_f64,
     reduce_add,
+    rounding,
     select,
     splat,
     store_f64,
@@ -39,6 +40,7 @@ _store64 = storer("float64", "float64")[0]
 # rows taken together by the column kernel: eight streams, accumulators in L1 read and written once for all of
 # them
 _ROWS = 8
+_STEPS = 8  # additions of float64 lanes before the rounding of their sum is kept
 
 
 @inner
@@ -98,6 +100,15 @@ def merge(parts: int, count: int, step: int, out: int) -> None:
     store_partial(out, total, high, low, m2 + lost)
 
 
+@inner
+def add_to(total: int, lost: int, term: Any) -> None:
+    """Add a vector to one in memory, what the sum loses to another."""
+    before = _load64(total)
+    moved = before + term
+    _store64(lost, _load64(lost) + rounding(before, term, moved))
+    _store64(total, moved)
+
+
 @cache
 def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
     """rect(p, rows, row_bytes, cols, scale, scratch, out) -> one partial; columns(...) -> a partial a segment."""
@@ -141,32 +152,61 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
         sum1 = zero
         square0 = zero
         square1 = zero
+        total_sum = zero
+        lost_sum = zero
+        total_square = zero
+        lost_square = zero
+        steps = 0
         for r in range(rows):
             q = p + r * row_bytes
             left = cols
-            while left >= 2 * LANES:
-                if double:
+            while left > 0:
+                stop = max(left - _STEPS * 2 * LANES, 0) if double else 0
+                steps += (left - stop + 2 * LANES - 1) // (2 * LANES)
+                while left - stop >= 2 * LANES:
+                    if double:
+                        d0 = fma(widen(load(q)), factor, minus)
+                        d1 = fma(widen(load(q + step)), factor, minus)
+                    else:
+                        d0 = widen(load(q)) + minus
+                        d1 = widen(load(q + step)) + minus
+                    sum0 += d0
+                    sum1 += d1
+                    square0 = fma(d0, d0, square0)
+                    square1 = fma(d1, d1, square1)
+                    q += 2 * step
+                    left -= 2 * LANES
+                if left - stop >= LANES:
                     d0 = fma(widen(load(q)), factor, minus)
-                    d1 = fma(widen(load(q + step)), factor, minus)
-                else:
-                    d0 = widen(load(q)) + minus
-                    d1 = widen(load(q + step)) + minus
-                sum0 += d0
-                sum1 += d1
-                square0 = fma(d0, d0, square0)
-                square1 = fma(d1, d1, square1)
-                q += 2 * step
-                left -= 2 * LANES
-            if left >= LANES:
-                d0 = fma(widen(load(q)), factor, minus)
-                sum0 += d0
-                square0 = fma(d0, d0, square0)
-                q += step
-                left -= LANES
-            if left > 0:
-                d1 = select(first_lanes(left), fma(widen(load_part(q, left)), factor, minus), zero)
-                sum1 += d1
-                square1 = fma(d1, d1, square1)
+                    sum0 += d0
+                    square0 = fma(d0, d0, square0)
+                    q += step
+                    left -= LANES
+                if left > stop:
+                    d1 = select(first_lanes(left), fma(widen(load_part(q, left)), factor, minus), zero)
+                    sum1 += d1
+                    square1 = fma(d1, d1, square1)
+                    left = stop
+                if double and steps >= _STEPS:
+                    # values of one magnitude (two-valued images) round the same way again and again: 16u in 64 steps
+                    steps = 0
+                    part = sum0 + sum1
+                    moved = total_sum + part
+                    lost_sum += rounding(total_sum, part, moved)
+                    total_sum = moved
+                    part = square0 + square1
+                    moved = total_square + part
+                    lost_square += rounding(total_square, part, moved)
+                    total_square = moved
+                    sum0 = zero
+                    sum1 = zero
+                    square0 = zero
+                    square1 = zero
+        if double:
+            sum0 += lost_sum
+            sum1 += total_sum
+            square0 += lost_square
+            square1 += total_square
         n = float(rows * cols)
         total = reduce_add(sum0 + sum1)
         offset = total / n
@@ -210,11 +250,13 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
 
     @inner
     def columns(p: int, rows: int, row_bytes: int, cols: int, scale: float, scratch: int, width: int, out: int) -> None:
-        # scratch: five float64 arrays of `padded` columns; a segment is `width` columns and gets one partial at out
+        # scratch: three float64 arrays of `padded` columns (five in float64); a segment is `width` columns and
+        # gets one partial at out
         padded = (cols + LANES - 1) // LANES * LANES
         shifts = scratch
         sums = shifts + 8 * padded
         squares = sums + 8 * padded
+        lost = squares + 8 * padded  # of the sums, then of the squares: float64 only
         factor = splat(scale)
         zero = splat(0.0)
         n = splat(float(rows))
@@ -222,6 +264,9 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
             _store64(shifts + 8 * j, lanes_at(p + j * itemsize, cols - j) * factor)
             _store64(sums + 8 * j, zero)
             _store64(squares + 8 * j, zero)
+            if double:
+                _store64(lost + 8 * j, zero)
+                _store64(lost + 8 * (padded + j), zero)
         if double:
             for r in range(rows):
                 for j in range(0, cols, LANES):
@@ -247,8 +292,12 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
                     d = fma(x, factor, zero - shift)
                     s += d
                     square = fma(d, d, square)
-                _store64(sums + 8 * j, _load64(sums + 8 * j) + s)
-                _store64(squares + 8 * j, _load64(squares + 8 * j) + square)
+                if double:
+                    add_to(sums + 8 * j, lost + 8 * j, s)
+                    add_to(squares + 8 * j, lost + 8 * (padded + j), square)
+                else:
+                    _store64(sums + 8 * j, _load64(sums + 8 * j) + s)
+                    _store64(squares + 8 * j, _load64(squares + 8 * j) + square)
                 q += step
                 j += LANES
                 left -= LANES
@@ -261,13 +310,17 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
         for j in range(0, cols, LANES):
             shift = _load64(shifts + 8 * j)
             s = _load64(sums + 8 * j)
+            square = _load64(squares + 8 * j)
+            if double:
+                s += _load64(lost + 8 * j)
+                square += _load64(lost + 8 * (padded + j))
             offset = s / n
             high = shift + offset
             kept = high - shift
             low = (shift - (high - kept)) + (offset - kept)
             _store64(shifts + 8 * j, high)
             _store64(sums + 8 * j, low)
-            _store64(squares + 8 * j, vector_max(_load64(squares + 8 * j) - s * offset, zero))
+            _store64(squares + 8 * j, vector_max(square - s * offset, zero))
         for first in range(0, cols, width):
             segment_partial(shifts + 8 * first, sums + 8 * first, squares + 8 * first, width, float(rows), out)
             out += PARTIAL_BYTES

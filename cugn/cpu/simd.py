@@ -202,6 +202,18 @@ def vector_max(typingctx: Any, a: Any, b: Any) -> Any:
     return a(a, b), codegen
 
 
+@intrinsic
+def rounding(typingctx: Any, a: Any, b: Any, total: Any) -> Any:
+    """What total = a + b lost, exactly (two-sum), lane by lane."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        a, b, total = args
+        kept = builder.fsub(total, a)
+        return builder.fadd(builder.fsub(a, builder.fsub(total, kept)), builder.fsub(b, kept))
+
+    return a(a, a, a), codegen
+
+
 def lanes_below(builder: Any, count: Any) -> Any:
     """Mask of the lanes whose index is below count (an int64)."""
     index = ir.Constant(vector_of(ir.IntType(32)), list(range(LANES)))

@@ -48,7 +48,9 @@ def power_of_two(k: int) -> float:
 
 
 def record_writer(compute: str) -> Any:
-    """fill(record, mean, mean_low, rstd): how the elements of a group become x_hat, in lanes of the compute dtype.
+    """fill(record, high, low, scale, root, root_scale): how the elements of a group become x_hat.
+
+    The mean is (high + low) / scale and rstd is root * root_scale; both scales are powers of two.
 
     x_hat = (fma(x, POWER, MINUS_HIGH) + MINUS_LOW) * RATIO, where POWER is the power of two next to rstd, so that no
     product over- or underflows: 3e38, 1e20 and 1e-25 take the same path as 1. A mean that is far larger than the
@@ -58,32 +60,42 @@ def record_writer(compute: str) -> Any:
     low_end, high_end, mean_end = (-1022, 1023, 900) if double else (-126, 127, 100)
 
     @inner
-    def fill(record: int, mean: float, mean_low: float, rstd: float) -> None:
+    def fill(record: int, high: float, low: float, scale: float, root: float, root_scale: float) -> None:
+        mean = high / scale
+        rstd = root * root_scale
         k = min(max(exponent(rstd), low_end), high_end)
         k = max(min(k, mean_end - exponent(mean)), low_end)
         power = power_of_two(k)
-        high = mean
         if not double:
-            high = widen_scalar(narrow_scalar(mean))
-        low = (mean - high) + mean_low
+            rounded = widen_scalar(narrow_scalar(high))
+            low += high - rounded
+            high = rounded
         store_f64(record, w.MEAN, mean)
-        store_f64(record, w.MEAN_LOW, mean_low)
         store_f64(record, w.RSTD, rstd)
         store_f64(record, w.POWER, power)
-        store_f64(record, w.MINUS_HIGH, -high * power)
-        store_f64(record, w.MINUS_LOW, -low * power)
-        store_f64(record, w.RATIO, rstd * power_of_two(-k) if k < 1023 else rstd * 0.5 * power_of_two(-1022))
+        # a subnormal mean would lose its digits here if it were divided by the scale first
+        store_f64(record, w.MINUS_HIGH, -high * (power / scale))
+        store_f64(record, w.MINUS_LOW, -low * (power / scale))
+        store_f64(record, w.RATIO, root * (root_scale / power))
 
     return fill
 
 
 @inner
-def rstd_of(m2: float, count: float, scale: float, eps: float) -> float:
-    """1/sqrt(m2/count/scale**2 + eps), without leaving float64's range on the way."""
+def rstd_of(m2: float, count: float, scale: float, eps: float) -> Any:
+    """1/sqrt(m2/count/scale**2 + eps) as a number and the power of two to multiply it by: together never out of
+    range.
+    """
+    variance = m2 / count
+    if scale <= 1.0:
+        unscaled = variance / scale / scale
+        if unscaled < 2.0**1000:
+            return 1.0 / math.sqrt(unscaled + eps), 1.0
+        return 1.0 / math.sqrt(variance), scale  # eps has no part in it
     scaled_eps = eps * scale * scale
     if scaled_eps == math.inf:
-        return 1.0 / math.sqrt(eps)
-    return scale / math.sqrt(m2 / count + scaled_eps)
+        return 1.0 / math.sqrt(eps), 1.0  # the variance has none
+    return 1.0 / math.sqrt(variance + scaled_eps), scale
 
 
 @cache

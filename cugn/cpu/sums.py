@@ -15,10 +15,12 @@ from .activate import activation_kernels
 from .apply import to_compute
 from .compile import inner
 from .convert import loader, storer
-from .simd import LANES, first_lanes, fma, load_f64, reduce_add, select, splat, store_f64, widen
+from .moments import add_to
+from .simd import LANES, first_lanes, fma, load_f64, reduce_add, rounding, select, splat, store_f64, widen
 from .words import MINUS_HIGH, MINUS_LOW, POWER
 
 _ROWS = 4
+_STEPS = 8  # additions of float64 lanes before the rounding of their sum is kept
 _load64, _load64_part = loader("float64", "float64")
 _store64, _store64_part, _ = storer("float64", "float64")
 
@@ -54,53 +56,87 @@ def sum_kernels(v: str, x: str, compute: str, activation: str | None, v_size: in
         sum_vt0 = zero
         sum_vt1 = zero
         sum_t = zero
+        totals = zero
+        totals_lost = zero
+        totals_vt = zero
+        totals_vt_lost = zero
+        totals_t = zero
+        totals_t_lost = zero
+        steps = 0
         for r in range(rows):
             qv = pv + r * v_step
             qx = px + r * x_step
             left = count
-            while left >= 2 * LANES:
-                x0 = load_x(qx)
-                x1 = load_x(qx + LANES * x_size)
-                v0 = load_v(qv)
-                v1 = load_v(qv + LANES * v_size)
-                if active:
-                    v0 = slope(v0, fma(fma(x0, p, h) + m, a, b))
-                    v1 = slope(v1, fma(fma(x1, p, h) + m, a, b))
-                w0 = widen(v0)
-                w1 = widen(v1)
-                t0 = fma(widen(x0), power, minus)
-                t1 = fma(widen(x1), power, minus)
-                sum_v0 += w0
-                sum_v1 += w1
-                sum_vt0 = fma(w0, t0, sum_vt0)
-                sum_vt1 = fma(w1, t1, sum_vt1)
-                if double:
-                    sum_t += t0 + t1
-                qv += 2 * LANES * v_size
-                qx += 2 * LANES * x_size
-                left -= 2 * LANES
             while left > 0:
-                if left >= LANES:
+                stop = max(left - _STEPS * 2 * LANES, 0) if double else 0
+                steps += (left - stop + 2 * LANES - 1) // (2 * LANES)
+                while left - stop >= 2 * LANES:
                     x0 = load_x(qx)
+                    x1 = load_x(qx + LANES * x_size)
                     v0 = load_v(qv)
+                    v1 = load_v(qv + LANES * v_size)
                     if active:
                         v0 = slope(v0, fma(fma(x0, p, h) + m, a, b))
+                        v1 = slope(v1, fma(fma(x1, p, h) + m, a, b))
+                    w0 = widen(v0)
+                    w1 = widen(v1)
                     t0 = fma(widen(x0), power, minus)
-                else:
-                    x0 = load_x_part(qx, left)
-                    v0 = load_v_part(qv, left)
-                    if active:
-                        v0 = slope(v0, fma(fma(x0, p, h) + m, a, b))
-                    # zeros beyond the end: 0 * t must not bring in an infinite t
-                    t0 = select(first_lanes(left), fma(widen(x0), power, minus), zero)
-                w0 = widen(v0)
-                sum_v0 += w0
-                sum_vt0 = fma(w0, t0, sum_vt0)
-                if double:
-                    sum_t += t0
-                qv += LANES * v_size
-                qx += LANES * x_size
-                left -= LANES
+                    t1 = fma(widen(x1), power, minus)
+                    sum_v0 += w0
+                    sum_v1 += w1
+                    sum_vt0 = fma(w0, t0, sum_vt0)
+                    sum_vt1 = fma(w1, t1, sum_vt1)
+                    if double:
+                        sum_t += t0 + t1
+                    qv += 2 * LANES * v_size
+                    qx += 2 * LANES * x_size
+                    left -= 2 * LANES
+                while left > stop:
+                    if left >= LANES:
+                        x0 = load_x(qx)
+                        v0 = load_v(qv)
+                        if active:
+                            v0 = slope(v0, fma(fma(x0, p, h) + m, a, b))
+                        t0 = fma(widen(x0), power, minus)
+                    else:
+                        x0 = load_x_part(qx, left)
+                        v0 = load_v_part(qv, left)
+                        if active:
+                            v0 = slope(v0, fma(fma(x0, p, h) + m, a, b))
+                        # zeros beyond the end: 0 * t must not bring in an infinite t
+                        t0 = select(first_lanes(left), fma(widen(x0), power, minus), zero)
+                    w0 = widen(v0)
+                    sum_v0 += w0
+                    sum_vt0 = fma(w0, t0, sum_vt0)
+                    if double:
+                        sum_t += t0
+                    qv += LANES * v_size
+                    qx += LANES * x_size
+                    left -= LANES
+                if double and steps >= _STEPS:
+                    steps = 0
+                    part = sum_v0 + sum_v1
+                    moved = totals + part
+                    totals_lost += rounding(totals, part, moved)
+                    totals = moved
+                    part = sum_vt0 + sum_vt1
+                    moved = totals_vt + part
+                    totals_vt_lost += rounding(totals_vt, part, moved)
+                    totals_vt = moved
+                    moved = totals_t + sum_t
+                    totals_t_lost += rounding(totals_t, sum_t, moved)
+                    totals_t = moved
+                    sum_v0 = zero
+                    sum_v1 = zero
+                    sum_vt0 = zero
+                    sum_vt1 = zero
+                    sum_t = zero
+        if double:
+            sum_v0 += totals_lost
+            sum_v1 += totals
+            sum_vt0 += totals_vt_lost
+            sum_vt1 += totals_vt
+            sum_t = (sum_t + totals_t_lost) + totals_t
         store_f64(out, 0, reduce_add(sum_v0 + sum_v1))
         store_f64(out + stride, 0, reduce_add(sum_vt0 + sum_vt1))
         if double:
@@ -111,7 +147,7 @@ def sum_kernels(v: str, x: str, compute: str, activation: str | None, v_size: in
         pv: int, v_step: int, px: int, x_step: int, rows: int, cols: int, own: int, each64: int, coefficients: int,
         each: int,
     ) -> None:  # fmt: skip
-        # own: float64 arrays power, minus, then the three sums
+        # own: float64 arrays power, minus, then the three sums, and in float64 what they lost
         left = cols
         while left > 0:
             power = _load64(own)
@@ -139,10 +175,13 @@ def sum_kernels(v: str, x: str, compute: str, activation: str | None, v_size: in
                 sum_vt = fma(wide, t, sum_vt)
                 if double:
                     sum_t += t
-            _store64(own + 2 * each64, _load64(own + 2 * each64) + sum_v)
-            _store64(own + 3 * each64, _load64(own + 3 * each64) + sum_vt)
             if double:
-                _store64(own + 4 * each64, _load64(own + 4 * each64) + sum_t)
+                add_to(own + 2 * each64, own + 5 * each64, sum_v)
+                add_to(own + 3 * each64, own + 6 * each64, sum_vt)
+                add_to(own + 4 * each64, own + 7 * each64, sum_t)
+            else:
+                _store64(own + 2 * each64, _load64(own + 2 * each64) + sum_v)
+                _store64(own + 3 * each64, _load64(own + 3 * each64) + sum_vt)
             own += 8 * LANES
             coefficients += LANES * c_size
             px += LANES * x_size

@@ -42,7 +42,7 @@ WORDS = ARRAYS + 5 * ARRAY_WORDS
 
 # A record, 16 float64 for each group of a task: what the statistics mean for its elements.
 # x_hat = (x*POWER + MINUS_HIGH + MINUS_LOW) * RATIO; POWER is the power of two next to rstd
-(MEAN, RSTD, POWER, MINUS_HIGH, MINUS_LOW, RATIO, COUNT, SLOPE, OFFSET, M2, MEAN_LOW) = range(11)
+(MEAN, RSTD, POWER, MINUS_HIGH, MINUS_LOW, RATIO, COUNT, SLOPE, OFFSET) = range(9)
 RECORD_BYTES = 128
 PARTIAL_BYTES = 32
 
