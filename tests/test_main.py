@@ -38,7 +38,7 @@ def test_report_is_the_default_command(capsys):
 @pytest.mark.parametrize("engine", [cugn.cpu, cugn.reference], ids=["cpu", "reference"])
 @pytest.mark.parametrize(("operation", "spoiled"), [("forward", 0), ("backward", 0), ("backward", 1), ("backward", 2)])
 def test_a_small_error_is_found(engine, operation, spoiled, monkeypatch, capsys):
-    """200 eps of the largest element: the bounds are 3 or 4 eps, of sums of 2109 terms some 60 eps of the largest sum."""
+    """200 eps of the largest element; the bounds are 3 or 4 eps, for sums of 2109 terms 60 eps of the largest sum."""
     right = getattr(engine, operation)
 
     def wrong(*arguments):
