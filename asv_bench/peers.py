@@ -169,9 +169,7 @@ class Library:
         return answer
 
     def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        self.process.communicate()  # an end of its input ends it
 
 
 def compare(case: Case, samples: dict[str, list[list[float]]]) -> None:
