@@ -5,9 +5,11 @@
 
 Each library runs in a process of its own, with two threads on the same two cores, and holds the data of the case. They
 are asked in turn, round after round, so that a slow moment of the machine hits all alike; a turn begins with a call
-that is not timed, which brings the library's data into the caches and wakes its threads. The median over the rounds
-counts; there are more rounds while the times scatter. Before anything is timed the results of all libraries are
-compared. Libraries that are not installed are left out. Prints every case, then a summary; saves JSON and a figure.
+that is not timed, which brings the library's data into the caches and wakes its threads. Each other call is timed by
+itself; the median of a turn, then of the rounds, counts; there are more rounds while the times scatter. Before anything
+is timed the results of all libraries are compared. Libraries that are not installed are left out. Prints every case,
+then a summary; saves JSON and a figure. Run it on an idle machine: code that waits for two threads suffers most from
+others.
 """
 
 from __future__ import annotations
@@ -105,10 +107,10 @@ def serve(library: str) -> None:
                 call = TABLE[case.operation][library](case.problem)
                 answer: dict[str, Any] = {
                     "sample": _sample(case.problem, call()),
-                    "seconds": min(_timed(call, 1) for _ in range(3)),
+                    "seconds": min(_times(call, 20, 0.2)),
                 }
             else:
-                answer = {"seconds": _timed(call, request["calls"])}
+                answer = {"seconds": median(_times(call, request["calls"]))}
         except Unsupported as reason:
             answer = {"unsupported": str(reason)}
         except Exception as error:
@@ -116,13 +118,15 @@ def serve(library: str) -> None:
         answers.write(json.dumps(answer) + "\n")
 
 
-def _timed(call: Any, calls: int) -> float:
-    """Seconds of one call, after one that is not timed."""
+def _times(call: Any, calls: int, limit: float = math.inf) -> list[float]:
+    """Seconds of single calls, after one that is not timed; reading the clock adds 60 ns to each."""
     call()
-    start = time.perf_counter()
-    for _ in range(calls):
+    times: list[float] = []
+    while len(times) < calls and sum(times) < limit:
+        start = time.perf_counter_ns()
         call()
-    return (time.perf_counter() - start) / calls
+        times.append((time.perf_counter_ns() - start) * 1e-9)
+    return times
 
 
 def _sample(problem: Problem, results: tuple[Any, ...]) -> list[list[float]]:
@@ -143,7 +147,7 @@ class Library:
         self.name = name
         count = str(THREADS)
         threads = dict.fromkeys(
-            ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), count
+            ("CUGN_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), count
         )
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--serve", name],
@@ -188,8 +192,8 @@ def measure(case: Case, libraries: list[Library]) -> dict[str, float]:
     answers = {library: library.ask(case=asdict(case)) for library in libraries}
     timed = {library: answer["seconds"] for library, answer in answers.items() if "unsupported" not in answer}
     compare(case, {library.name: answers[library]["sample"] for library in timed if library.name != "copy"})
-    # At least 2 ms a turn: 1e4 times what reading the clock takes.
-    calls = {library: max(1, math.ceil(2e-3 / seconds)) for library, seconds in timed.items()}
+    # A turn is 2 ms, at least three calls, or one where that takes long.
+    calls = {library: max(3, math.ceil(2e-3 / took)) if took < 0.05 else 1 for library, took in timed.items()}
     times: dict[str, list[float]] = {library.name: [] for library in timed}
     start = time.perf_counter()
     for done in range(1, ROUNDS[1] + 1):
@@ -284,7 +288,9 @@ def machine(peers: tuple[str, ...]) -> dict[str, str]:
     """Where the figures come from."""
     names = ("cugn", "numpy", "numba", *peers)
     about = {name: _version(name) for name in names}
-    return {"cpu": _cpu(), "system": f"{platform.system()} {platform.machine()}", "threads": str(THREADS), **about}
+    busy = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+    system = f"{platform.system()} {platform.machine()}"
+    return {"cpu": _cpu(), "system": system, "threads": str(THREADS), "load before": busy, **about}
 
 
 def _version(package: str) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 
 from . import reference
 from ._version import __version__
+from .cpu import threads
 from .engines import resolve
 
 __all__ = ["report"]
@@ -110,7 +111,7 @@ def _environment() -> list[tuple[str, str]]:
     return [
         ("packages", ", ".join(f"{name} {_version(name) or 'not installed'}" for name in packages)),
         ("CPU", f"{_cpu_name()} ({binding.get_host_cpu_name()}): {features}"),
-        ("threads", f"{_cores()} cores usable of {os.cpu_count()}"),
+        ("threads", f"{threads.get_num_threads()} (CUGN_NUM_THREADS sets it), of {os.cpu_count()} cores"),
         ("GPU", gpu),
     ]
 
@@ -120,10 +121,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_name() -> str:
