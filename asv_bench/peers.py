@@ -32,7 +32,7 @@ from statistics import geometric_mean, median
 from typing import Any
 
 import numpy as np
-from libraries import PEERS, TABLE, Problem, Unsupported, as_numpy
+from comparison import PEERS, TABLE, Problem, Unsupported, as_numpy
 from tqdm import tqdm
 
 THREADS = 2

@@ -26,9 +26,9 @@ __all__ = ["report"]
 Array = Any
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
-GROUPS = 32
+SAMPLE, GROUPS = (256, 56, 56), 32
 BYTES = 32 * 2**20
-"""Of one array in the timing: beyond most last-level caches, while a group (100 KB in float32) fits in a core's own."""
+"""Of one array in the timing: with the output beyond most caches, while a group (100 KB in float32) fits in a core's."""
 FEATURES = ("sse4.2", "avx", "avx2", "fma", "f16c", "avx512f", "neon", "fullfp16", "sve")
 
 
@@ -277,7 +277,7 @@ def _textbook_results(operation: str, x_hat: Any, rstd: Any, dy: Any, weight: An
 
 def _timed_shape(dtype: str) -> tuple[int, ...]:
     itemsize = _rounded(np.empty(0), dtype).itemsize
-    return (BYTES // (256 * 56 * 56 * itemsize), 256, 56, 56)
+    return (BYTES // (math.prod(SAMPLE) * itemsize), *SAMPLE)
 
 
 def _speed(host: Host, dtype: str, operation: str) -> float:

@@ -14,7 +14,8 @@ from cugn.__main__ import main
 
 @pytest.fixture(autouse=True)
 def small_timing(monkeypatch):
-    monkeypatch.setattr(cugn.report, "BYTES", 256 * 56 * 56 * 8)  # one sample of float64
+    monkeypatch.setattr(cugn.report, "SAMPLE", (32, 8, 8))
+    monkeypatch.setattr(cugn.report, "BYTES", 2 * 32 * 8 * 8 * 8)  # two samples of float64
 
 
 def test_everything_is_right_here(capsys):

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 
-import libraries
+import comparison
 import numpy as np
 import peers
 import pytest
@@ -13,30 +13,30 @@ SMALL = {(2, 32, 9, 7): 4, (8, 64): 8, (1, 16, 5, 6, 7): 4}
 TOLERANCE = {"float32": 1e-5, "float64": 1e-6, "float16": 4e-3, "bfloat16": 3e-2}
 
 
-@pytest.mark.parametrize("library", libraries.PEERS)
+@pytest.mark.parametrize("library", comparison.PEERS)
 @pytest.mark.parametrize("layout", peers.LAYOUTS)
 @pytest.mark.parametrize("dtype", peers.DTYPES)
-@pytest.mark.parametrize("operation", libraries.TABLE)
+@pytest.mark.parametrize("operation", comparison.TABLE)
 def test_peers_compute_the_same(operation, dtype, layout, library):
     if not importlib.util.find_spec(library):
         pytest.skip(f"{library} is not installed")
     for shape, groups in SMALL.items() if dtype == "float32" else [*SMALL.items()][:1]:
-        problem = libraries.Problem(shape, groups, dtype, layout)
-        ours = libraries.TABLE[operation]["cugn"](problem)()
+        problem = comparison.Problem(shape, groups, dtype, layout)
+        ours = comparison.TABLE[operation]["cugn"](problem)()
         try:
-            theirs = libraries.TABLE[operation][library](problem)()
-        except libraries.Unsupported as reason:
+            theirs = comparison.TABLE[operation][library](problem)()
+        except comparison.Unsupported as reason:
             pytest.skip(f"{library}: {reason}")
         assert len(ours) == len(theirs)
         for our, their in zip(ours, theirs, strict=True):
-            our, their = (libraries.as_numpy(problem, array).astype(float) for array in (our, their))
+            our, their = (comparison.as_numpy(problem, array).astype(float) for array in (our, their))
             np.testing.assert_allclose(their, our, rtol=0, atol=TOLERANCE[dtype] * np.abs(our).max())
 
 
-@pytest.mark.parametrize("operation", libraries.TABLE)
+@pytest.mark.parametrize("operation", comparison.TABLE)
 def test_out_and_fresh_are_the_same_bits(operation):
-    problem = libraries.Problem((2, 32, 9, 7), 4, "float32", "channels_last")
-    table = libraries.TABLE[operation]
+    problem = comparison.Problem((2, 32, 9, 7), 4, "float32", "channels_last")
+    table = comparison.TABLE[operation]
     for kept, fresh in zip(table["cugn"](problem)(), table["cugn fresh"](problem)(), strict=True):
         np.testing.assert_array_equal(kept, fresh)
     call = table["cugn"](problem)
@@ -44,7 +44,7 @@ def test_out_and_fresh_are_the_same_bits(operation):
 
 
 def test_layouts_hold_the_same_values():
-    first, last = (libraries.Problem((2, 32, 9, 7), 4, "float16", layout) for layout in peers.LAYOUTS)
+    first, last = (comparison.Problem((2, 32, 9, 7), 4, "float16", layout) for layout in peers.LAYOUTS)
     np.testing.assert_array_equal(first.x, np.moveaxis(last.x, -1, 1))
     assert last.x.flags.c_contiguous
 

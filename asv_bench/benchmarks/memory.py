@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .common import GroupNorm
 
 
 class PeakMemory(GroupNorm):
     """Compare with `peakmem_copy`: the difference is what the call takes besides its arrays."""
 
-    params = (((1, 32, 128, 128, 128),), (8,), *GroupNorm.params[2:])
+    params = (((1, 32, 96, 96, 96),), (8,), *GroupNorm.params[2:-1], ("cpu",))  # it is the host's memory
+
+    def setup(self, *parameters: Any) -> None:
+        self.draw(*parameters)  # no call yet: asv takes the peak of this as well
 
     def peakmem_copy(self, *parameters: object) -> None:
         self.xp.copyto(self.out, self.x)
