@@ -28,7 +28,7 @@ Array = Any
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 SAMPLE, GROUPS = (256, 56, 56), 32
 BYTES = 32 * 2**20
-"""Of one array in the timing: with the output beyond most caches, while a group (100 KB in float32) fits in a core's."""
+"""Of one array in the timing: two of them are beyond most caches, a group (100 KB in float32) fits in a core's own."""
 FEATURES = ("sse4.2", "avx", "avx2", "fma", "f16c", "avx512f", "neon", "fullfp16", "sve")
 
 
