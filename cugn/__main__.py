@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from . import files
+
 
 def report(options: argparse.Namespace) -> int:
     """Run `cugn.report`."""
@@ -33,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("report", help="what can run here, is it right, how fast (the default)").set_defaults(
         run=report
     )
+    normalize = commands.add_parser("normalize", help="normalize a .npy file or a Zarr array larger than memory")
+    files.add_arguments(normalize)
+    normalize.set_defaults(run=files.run)
     options = parser.parse_args(arguments)
     status: int = options.run(options)
     return status

@@ -89,6 +89,16 @@ def test_missing_packages_are_named(monkeypatch, capsys):
     assert "dask not here: Dask is not installed (pip install 'cugn[dask]')" in printed
 
 
+def test_normalize_is_a_command(tmp_path, capsys):
+    x = np.random.default_rng(0).normal(5, 2, (2, 4, 6)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    assert main(["normalize", str(tmp_path / "x.npy"), str(tmp_path / "y.npy"), "--groups", "2", "--quiet"]) == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), cugn.group_norm(x, 2))
+    missing = str(tmp_path / "missing.npy")
+    assert main(["normalize", missing, str(tmp_path / "z.npy"), "--groups", "2", "--quiet"]) == 1
+    assert missing in capsys.readouterr().err
+
+
 def test_unknown_command():
     result = subprocess.run([sys.executable, "-m", "cugn", "nonsense"], capture_output=True, text=True)
     assert result.returncode == 2
