@@ -223,6 +223,7 @@ def test_a_quiet_channel_is_squashed_by_a_loud_one_in_its_group(engine, loud_and
 def test_diagnostics_name_the_squashed_channel_and_propose_the_grouping_that_frees_it(loud_and_quiet):
     found = diagnose(loud_and_quiet, 2)
     assert [(s.channel, s.by) for s in found.squashed] == [(1, (0,)), (3, (2,))]
+    assert all(set(s.by) <= {0, 2} for s in diagnose(loud_and_quiet, 1).squashed)
     labels = suggest_groups(loud_and_quiet, 2)
     assert labels.tolist() == [1, 0, 1, 0]
     assert not diagnose(loud_and_quiet, labels).squashed
