@@ -215,6 +215,7 @@ MODE_FLAGS = {
 }
 COMMON_FLAGS = (
     "-w",
+    "-fno-var-tracking",
     "-fPIC",
     "-fno-strict-aliasing",
     "-fno-extern-tls-init",

@@ -349,6 +349,19 @@ def _get(self: Any, *_: Any, **__: Any) -> np.ndarray:
     raise AssertionError("the library reads the device's memory, and waits for it")
 
 
+def _interface(self: Any) -> dict[str, Any]:
+    """As CuPy's own, which asks the driver for the current stream."""
+    return {
+        "shape": self.shape,
+        "typestr": self.dtype.str,
+        "descr": self.dtype.descr,
+        "version": 3,
+        "strides": None if self.flags.c_contiguous else self.strides,
+        "data": (self.data.ptr, False),
+        "stream": 1,
+    }
+
+
 @contextlib.contextmanager
 def installed(*devices: Properties) -> Iterator[None]:
     """Let CuPy work on emulated devices (one H100 where none is named), and its RawModule on the emulator."""
@@ -376,6 +389,7 @@ def installed(*devices: Properties) -> Iterator[None]:
         },
         cupy.ndarray: {
             "device": property(lambda array: Device(array.data.device_id)),
+            "__cuda_array_interface__": property(_interface),
             "fill": _fill,
             "__setitem__": _setitem,
             "astype": _astype,

@@ -143,7 +143,8 @@ def inspect(label: str, arch: int, machine_code: bytes) -> list[Row]:
                 kernel=name,
                 arch=arch,
                 registers=found["REG"],
-                shared=found["SHARED"] - (RESERVED_SHARED if arch >= 90 else 0),
+                # it counts where the kernel has barriers or shared memory at all
+                shared=max(0, found["SHARED"] - (RESERVED_SHARED if arch >= 90 else 0)),
                 stack=found["STACK"],
                 local=found["LOCAL"],
                 local_loads=matching(r"LDL\b"),
@@ -165,22 +166,26 @@ def compile_one(module: Module, arch: int) -> list[Row]:
     return [Row(**{**values, "label": module.label}) for values in json.loads(path.read_text())]
 
 
-def compile_all(
-    modules: Iterable[Module],
-    architectures: Sequence[int] = ARCHITECTURES,
+def compile_pairs(
+    pairs: Iterable[tuple[Module, int]],
     processes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
-    """The table of all kernels of `modules` for `architectures`."""
-    jobs = [(module, arch) for module in modules for arch in architectures]
-    missing = [job for job in jobs if not (build.cache_folder() / f"sass-{_key(*job)}.json").exists()]
+    """The rows of these modules, each for the architecture beside it; several processes where there is much to do."""
+    pairs = list(pairs)
+    missing = [pair for pair in pairs if not (build.cache_folder() / f"sass-{_key(*pair)}.json").exists()]
     if len(missing) > 1:
         # spawn: NVRTC is not made for a fork
         with ProcessPoolExecutor(processes or os.cpu_count(), get_context("spawn")) as pool:
             for done, _ in enumerate(pool.map(compile_one, *zip(*missing, strict=True)), 1):
                 if progress is not None:
                     progress(done, len(missing))
-    return [row for module, arch in jobs for row in compile_one(module, arch)]
+    return [row for pair in pairs for row in compile_one(*pair)]
+
+
+def compile_all(modules: Iterable[Module], architectures: Sequence[int] = ARCHITECTURES) -> list[Row]:
+    """The table of all kernels of `modules` for `architectures`."""
+    return compile_pairs([(module, arch) for module in modules for arch in architectures])
 
 
 def _key(module: Module, arch: int) -> str:

@@ -93,6 +93,14 @@ void Machine::access(uintptr_t address, int size, bool write, uintptr_t caller, 
   if (launch_->preempt && random_.below(1000) < launch_->preempt) current_->fiber.suspend();   // stays ready
 }
 
+// "byte 12 of dynamic shared memory", "byte 3 of static shared memory"
+std::string Machine::shared_place(uintptr_t address) const {
+  const uintptr_t dynamic = launch_->dynamic_low;
+  const bool inside = address >= dynamic && address < dynamic + launch_->dynamic_room;
+  return "byte " + std::to_string(address - (inside ? dynamic : shared_low_)) +
+         (inside ? " of dynamic shared memory" : " of static shared memory");
+}
+
 void Machine::shared_access(uintptr_t address, int size, bool write, bool atomic) {
   const uintptr_t dynamic = launch_->dynamic_low;
   if (address >= dynamic && address < dynamic + launch_->dynamic_room && address + size > dynamic + launch_->shared_bytes) {
@@ -107,7 +115,8 @@ void Machine::shared_access(uintptr_t address, int size, bool write, bool atomic
     if (cells[i].read.block != block) cells[i].read = Stamp();
     if (cells[i].read_too.block != block) cells[i].read_too = Stamp();
     if (!cells[i].write && (!write || atomic))
-      report("uninitialised-shared", 0, "load of %d bytes of shared memory that this block has not written", size);
+      report("uninitialised-shared", 0, "load of %d bytes at %s, which this block has not written", size,
+             shared_place(address).c_str());
   }
   check_races(cells, count, address, shared_shadow_->granule(), write, atomic, -1);
   log_access(address, size, write, true, 0);
@@ -155,8 +164,8 @@ void Machine::check_races(Cell* cells, int count, uintptr_t address, int granule
     else if (write && !ordered(cell.read_too)) other = &cell.read_too, was = "load";
     if (other) {
       const bool inside = other->block == order_.block();
-      char where[64], whose[64] = "";
-      if (buffer < 0) snprintf(where, sizeof where, "shared memory");
+      char where[96], whose[64] = "";
+      if (buffer < 0) snprintf(where, sizeof where, "%s", shared_place(address + i * granule).c_str());
       else snprintf(where, sizeof where, "byte %zu of %s",
                     static_cast<size_t>(address - launch_->buffers[buffer].low + i * granule), launch_->buffers[buffer].name);
       if (!inside) snprintf(whose, sizeof whose, " of block %u", other->block - 1);

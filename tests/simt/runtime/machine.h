@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdarg>
 #include <cstdio>
+#include <string>
 
 #include "fiber.h"
 #include "launch.h"
@@ -87,6 +88,7 @@ class Machine {
   void global_access(uintptr_t address, int size, bool write, bool atomic);
   void check_races(Cell* cells, int count, uintptr_t address, int granule, bool write, bool atomic, int buffer);
   void log_access(uintptr_t address, int size, bool write, bool shared, int buffer);
+  std::string shared_place(uintptr_t address) const;
   int find_buffer(uintptr_t address, int size, bool write);
   void outside_all_buffers(uintptr_t address, int size, bool write);
   void report(const char* kind, int line, const char* format, ...) __attribute__((format(printf, 4, 5)));
