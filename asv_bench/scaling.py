@@ -106,7 +106,7 @@ def exchanged(shape: tuple[int, ...], chunks: Any) -> tuple[int, int, int]:
     """Bytes of all partial results of a forward and a backward, levels of the tree, bytes of x."""
     counts = [math.ceil(n / c) for n, c in zip(shape, chunks, strict=True)]
     cut = [count for count in counts[1:] if count > 1]
-    fan_in = max(2, round(16 ** (1 / max(len(cut), 1))))
+    fan_in = max(2, int(16 ** (1 / max(len(cut), 1))))
     depth = max((math.ceil(math.log(count, fan_in)) for count in cut), default=0)
     groups_of_chunk = max(1, chunks[1] * GROUPS // shape[1])
     per_chunk = 8 * (5 + 2) * chunks[0] * groups_of_chunk + 8 * 2 * chunks[1]

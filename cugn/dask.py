@@ -326,7 +326,7 @@ class _Call:
     def _tree(self, blocks: Array, axes: tuple[int, ...], take: Any, finish: Any = None) -> Array:
         """Merge the objects of blocks along axes, always in the same order."""
         cut = sum(blocks.numblocks[axis] > 1 for axis in axes)
-        fan_in = max(2, round(FAN_IN ** (1 / max(cut, 1))))
+        fan_in = max(2, int(FAN_IN ** (1 / max(cut, 1))))
         return da.reduction(
             blocks,
             chunk=partial(_taken, take=take),

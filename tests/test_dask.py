@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import Any
 
 import cuda_on_cpu
@@ -99,6 +100,19 @@ def same_kind(lazy: Any, wanted: Any, x: Any) -> Any:
         assert field.shape == value.shape == reference.shape
         assert field.dtype == value.dtype == reference.dtype == field._meta.dtype
     return computed
+
+
+def test_gradients_of_channels_add_up_in_float64() -> None:
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(size=(2, 64, 4, 5)).astype(np.float32)
+    weight = np.ones(4, np.float32)
+    exact = cugn.group_norm_backward(dy.astype(float), x.astype(float), 2)
+    for chunks in ((1, 4, 5), (1, 2, 5), (1, 3, 2)):
+        for w in (weight, None):
+            grads = cugn.group_norm_backward(da.from_array(dy, chunks), da.from_array(x, chunks), 2, w)
+            for got, wanted in zip(grads[1:], exact[1:], strict=True):
+                # rounded once, to the nearest: sums in float32 of 64 chunks are off by some units
+                assert np.abs(got.compute() - wanted).max() <= 0.51 * np.finfo(np.float32).eps * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("supplied", ["full", "one for all samples", "dask"])
@@ -365,13 +379,38 @@ def test_one_task_a_chunk_where_only_the_batch_is_chunked() -> None:
     assert tasks(cugn.group_norm(x, [0, 1, 2, 0, 1, 2, 0, 3])) <= 64 + 2
 
 
+def test_each_chunk_is_read_once_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: Counter[str] = Counter()
+
+    def counted(name: str) -> Any:
+        function = getattr(cugn, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("moments", "normalize", "backward_sums", "backward_apply"):
+        monkeypatch.setattr(f"cugn.parts.{name}", counted(name))
+    x = da.ones(SHAPE, chunks=(1, 5, 6, 4), dtype=np.float32)
+    y, mean, rstd = cugn.group_norm_forward(x, 4)
+    dask.compute(y, mean, rstd, *cugn.group_norm_backward(x, x, 4))
+    once = x.npartitions
+    assert calls == {"moments": once, "normalize": once, "backward_sums": once, "backward_apply": once}
+    calls.clear()
+    dask.compute(*cugn.group_norm_backward(x, x, 4, mean=mean.compute(), rstd=rstd.compute()))
+    assert calls == {"moments": 2 * once, "backward_sums": once, "backward_apply": once}  # moments: of mean, of rstd
+
+
 def test_graphs_are_linear_and_quick() -> None:
     def built(edge: int) -> tuple[int, float]:
         x = da.ones((10, 8, 10 * edge, 10), chunks=(1, 4, 10, 1), dtype=np.float32)
         start = time.perf_counter()
         results = (*cugn.group_norm_forward(x, 1), *cugn.group_norm_backward(x, x, 1))
-        count = len(dict(dask.base.collections_to_expr(results).optimize().__dask_graph__()))
-        return count, time.perf_counter() - start
+        graph = dict(dask.base.collections_to_expr(results).optimize().__dask_graph__())
+        assert max(len(task.dependencies) for task in graph.values()) <= 16  # no task waits for all chunks
+        return len(graph), time.perf_counter() - start
 
     small, _ = built(1)
     large, seconds = built(5)  # 200 and 1,000 chunks

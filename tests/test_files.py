@@ -304,6 +304,16 @@ def test_failure_in_the_middle_leaves_nothing(tmp_path: Path, x: Any, monkeypatc
     assert (tmp_path / "y.npy").read_text() == "old"
 
 
+def test_on_the_disk_before_it_has_its_name(tmp_path: Path, x: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "x.npy", x)
+    order = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, real=real: (order.append(name), real(*a))[1])
+    files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", 4)
+    assert order == ["fsync", "replace", "fsync"]  # the file, its name, the folder
+
+
 def test_two_runs_to_one_target(tmp_path: Path, x: Any) -> None:
     pytest.importorskip("fcntl")
     np.save(tmp_path / "x.npy", x)
