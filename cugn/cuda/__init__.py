@@ -65,8 +65,8 @@ def forward(plan: Plan, x: Array, weight: Array, bias: Array, where: Array, out:
             )
         else:
             low, elements = _empty_statistics(plan, 2)
-            box = call.merged_moments(mean, low=low, rstd=rstd, elements=elements)
-            call.apply(box, mean, low, rstd, weight, bias)
+            call.merged_moments(mean, low=low, rstd=rstd, elements=elements)
+            call.apply(mean, low, rstd, weight, bias)
         return call.out, mean.reshape(plan.stats_shape), rstd.reshape(plan.stats_shape)
 
 
@@ -160,7 +160,7 @@ def normalize(plan: Plan, x: Array, mean: Array, rstd: Array, weight: Array, bia
                 piece.store(y, out, plan)
             return out
         call = _Call.of(plan, {"x": x}, out, None)
-        call.apply(config.split_box(call.problem, call.device), mean, None, rstd, weight, bias)
+        call.apply(mean, None, rstd, weight, bias)
         return call.out
 
 
@@ -427,6 +427,7 @@ class _Call:
             ),
             shared_mem=8 * config.SCRATCH_DOUBLES,
         )
+        box = config.apply_box(p, box)
         self.launch(
             "backward",
             "backward_apply",
@@ -449,7 +450,7 @@ class _Call:
         elements: Array = None,
         m2: Array = None,
         count: Array = None,
-    ) -> Box:
+    ) -> None:
         """Moments of the parts of each group, merged: (mean, low, rstd, elements), or (mean, m2, count)."""
         import cupy
 
@@ -481,10 +482,10 @@ class _Call:
                 (channels, *_ints(p.C, plan.G), *self.grouping(), np.float64(plan.eps), *_ints(what), *results),
                 shared_mem=8 * config.SCRATCH_DOUBLES,
             )
-        return box
 
-    def apply(self, box: Box, mean: Array, low: Array, rstd: Array, weight: Array, bias: Array) -> None:
+    def apply(self, mean: Array, low: Array, rstd: Array, weight: Array, bias: Array) -> None:
         """y under the given statistics."""
+        box = config.apply_box(self.problem, config.split_box(self.problem, self.device))
         self.launch(
             "forward",
             "apply_statistics",

@@ -10,7 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-__all__ = ["ITEMSIZE", "Box", "Device", "Problem", "Sums", "channel_sums", "resident_box", "split_box"]
+__all__ = [
+    "ITEMSIZE",
+    "Box",
+    "Device",
+    "Problem",
+    "Sums",
+    "apply_box",
+    "channel_sums",
+    "resident_box",
+    "split_box",
+]
 
 ITEMSIZE = {
     "int8": 1,
@@ -29,18 +39,30 @@ SECTOR = 32
 FEW_ROWS_BYTES = 640
 """Rows of a box this long waste at most 2 of 22 sectors however they are aligned: an efficiency above 0.9."""
 
-ALIGNED_ROW_BYTES = 128
-"""Wanted length of rows that begin and end at sectors: a whole cache line, so that neighbours do not fetch it twice."""
+ALIGNED_ROW_BYTES = 64
+"""Wanted length of rows that begin and end at sectors: what the memory delivers at once. Narrow boxes are tall, and
+what is written for the merge of a channel is little beside what was read of it."""
 
 SMALL_BOX_BYTES = 24 << 10
 """Small groups share a block up to this much shared memory: enough loads in flight, 9 blocks on a multiprocessor."""
 
-SPLIT_BOX_BYTES = 32 << 10
-"""Boxes of a split group: 7 blocks fit in the 227 KB of a multiprocessor, so loads of one hide sums of another, and
-what a box writes for the merge (32 bytes a group) stays below 1 % of what it reads, as narrow as it may be."""
+SPLIT_BOX_BYTES = 84 << 10
+"""Shared memory of the boxes of a split group: two blocks on a multiprocessor of sm_90, so that the loads of one hide
+the sums of the other. Instance norm of channels-last float16 then has 1024 elements of a channel in a box, 2 KB, for
+the 32 bytes that it writes for the merge: 1.6 %."""
+
+APPLY_ROWS = 4
+"""Boxes of `apply` hold this many times the rows, for they need no shared memory: the statistics, 24 bytes a group and
+up to 16 a channel, are read less often. N = 1, C = 128, S = 512 * 512 still makes more than 264 boxes."""
 
 MOST_THREADS = 512
 """As in the kernels' launch bounds: 128 registers a thread, enough for the float64 paths without spills."""
+
+USUAL_THREADS = 256
+"""Threads where more than one block fits: at 128 registers two blocks of these, one loading while the other sums."""
+
+ONE_BLOCK_BYTES = 112 << 10
+"""From this much shared memory on a multiprocessor holds one block: then it gets all the threads."""
 
 LABEL_THREADS = 128
 """Threads that merge the channels of one labelled group."""
@@ -192,8 +214,19 @@ def resident_box(problem: Problem, device: Device) -> Box | None:
 @lru_cache(maxsize=1024)
 def split_box(problem: Problem, device: Device) -> Box:
     """Box of a part of a group, or of parts of neighbouring groups."""
-    p = problem
-    elements = max(p.vector, SPLIT_BOX_BYTES // (p.arrays * p.itemsize))
+    budget = min(SPLIT_BOX_BYTES, device.shared_per_block - RESERVED_SHARED)
+    elements = max(problem.vector, budget // (problem.arrays * (problem.itemsize + problem.masked)))
+    while True:
+        box = _part(problem, elements)
+        if (backward_bytes if problem.arrays == 2 else moments_bytes)(
+            box, problem
+        ) <= budget or elements <= problem.vector:
+            return box
+        elements = max(problem.vector, elements * 7 // 8)
+
+
+def _part(p: Problem, elements: int) -> Box:
+    """Box of at most about so many elements."""
     if p.inner >= elements:  # a stretch of one channel
         columns = _round_up(_even(p.inner, elements), 64)
         return _box(p, 1, 1, 1, min(columns, p.inner))
@@ -206,6 +239,13 @@ def split_box(problem: Problem, device: Device) -> Box:
         channels = p.D * _groups_for_whole_sectors(p)
     rows = max(1, elements // (channels * p.inner))
     return _box(p, 1, _even(p.outer, rows), channels, p.inner)
+
+
+def apply_box(problem: Problem, box: Box) -> Box:
+    """Box for the second reading of what `box` split: taller where there are rows."""
+    if box.rows == 1:
+        return box
+    return _box(problem, 1, min(problem.outer, APPLY_ROWS * box.rows), box.channels, box.columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,9 +277,10 @@ def _box(p: Problem, samples: int, rows: int, channels: int, columns: int) -> Bo
     channels = min(channels, p.C)
     width = channels * columns
     full_rows = width == p.C * p.inner
-    flat = (samples == 1 and rows == 1) or (
-        full_rows and p.contiguous_rows and (samples == 1 or (rows == p.outer and p.contiguous_samples))
-    )
+    # One stretch of memory: where rows are no whole number of vectors, so that not each has its edges. Others are kept
+    # apart, for a pitch that avoids bank conflicts.
+    contiguous = full_rows and p.contiguous_rows and (samples == 1 or (rows == p.outer and p.contiguous_samples))
+    flat = (samples == 1 and rows == 1) or (contiguous and (rows == 1 or width % p.vector != 0))
     pitch = _round_up(width + p.vector - 1, p.vector)
     if pitch // p.vector % 2 == 0:
         pitch += p.vector
@@ -247,7 +288,8 @@ def _box(p: Problem, samples: int, rows: int, channels: int, columns: int) -> Bo
     row_tiles, column_tiles = -(-p.outer // rows), -(-p.inner // columns)
     groups = max(1, channels // p.D)
     elements = samples * rows * width
-    threads = min(MOST_THREADS, max(32, _power_of_two(elements // p.vector // 4)))
+    most = USUAL_THREADS if elements * p.arrays * p.itemsize < ONE_BLOCK_BYTES else MOST_THREADS
+    threads = min(most, max(32, _power_of_two(elements // p.vector // 4)))
     units = samples * groups
     group_chunks = max(1, rows * width // groups // p.vector)
     channel_chunks = max(1, rows * columns // (p.vector if columns % p.vector == 0 else 1))

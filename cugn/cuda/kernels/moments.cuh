@@ -151,14 +151,16 @@ __device__ __forceinline__ Moments merge_parts(const double* from, long long str
     low0 = from[p * stride + 1];
   }
   double elements = 0, shifted = 0, largest = 0;
+  double first_distance = 0, first_root = 0, first_count = 0;  // of the thread's first part: often its only one
   for (int p = lane; p < parts; p += team) {
     const double* q = from + p * stride;
-    const double m = q[3], d = (q[0] - high0) + (q[1] - low0);
+    const double m = q[3], d = (q[0] - high0) + (q[1] - low0), root = q[2];
     if (m > 0) {
       elements += m;
       shifted = fma(m, d, shifted);
-      largest = fmax(largest, fmax(fabs(d), q[2]));
+      largest = fmax(largest, fmax(fabs(d), root));
     }
+    if (p == lane) first_distance = d, first_root = root, first_count = m;
   }
   const Pair sums = team_sum({elements, shifted}, team, scratch);
   largest = team_max(largest, team, scratch);
@@ -168,9 +170,11 @@ __device__ __forceinline__ Moments merge_parts(const double* from, long long str
   double squares = 0;
   for (int p = lane; p < parts; p += team) {
     const double* q = from + p * stride;
-    if (q[3] > 0) {
-      const double d = (((q[0] - high0) + (q[1] - low0)) - correction) * merged.scale, root = q[2] * merged.scale;
-      squares += fma(root, root, q[3] * (d * d));
+    const double m = p == lane ? first_count : q[3];
+    if (m > 0) {
+      const double from_first = p == lane ? first_distance : (q[0] - high0) + (q[1] - low0);
+      const double d = (from_first - correction) * merged.scale, root = (p == lane ? first_root : q[2]) * merged.scale;
+      squares += fma(root, root, m * (d * d));
     }
   }
   merged.m2 = team_sum({squares, 0}, team, scratch).a;
