@@ -106,10 +106,10 @@ def test_group_norm_trains_alike_at_small_and_large_batches_and_batch_norm_does_
     pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
     import train_digits
 
-    accuracies = train_digits.experiment(("group", "batch"), (2, 32), seeds=3, epochs=4)
+    accuracies = train_digits.experiment(("group", "batch"), (2, 32), seeds=2, epochs=3)
     percent = {key: 100 * values for key, values in accuracies.items()}
-    # Means of three seeds differ by 1.3 +- 0.2 (group) and -7.4 +- 1.6 points (batch): 3 lies between.
-    assert abs(percent["group", 2].mean() - percent["group", 32].mean()) < 3
+    # Accuracy at 2 less that at 32, of single seeds: 1.6 +- 0.8 points (group), -6.8 +- 1.3 (batch).
+    assert abs(percent["group", 2].mean() - percent["group", 32].mean()) < 4
     assert percent["batch", 2].mean() < percent["batch", 32].mean() - 3
     assert percent["group", 2].min() > 92  # all of them learn
     assert percent["batch", 32].min() > 80
