@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 DOCS = Path(__file__).parent
@@ -62,34 +63,38 @@ def serving_table() -> str:
     return "\n".join(lines)
 
 
-def _cell(engine: Any, operation: str, **settings: bool) -> str:
+def _cell(engine: Any, operation: str, **settings: Any) -> str:
     from cugn.engines import resolve
 
-    dtypes = ("int8", "uint8", "int16", "uint16") if settings.get("integers") else ("float16", "float32", "float64")
-    if operation == "moments" and settings.get("integers"):
-        activations: tuple[str | None, ...] = (None,)
-    else:
-        activations = (None,) if operation == "moments" else (None, "relu", "silu", "gelu", "gelu_tanh")
+    integers = ("int8", "uint8", "int16", "uint16")
+    dtypes = integers if settings.get("integers") else ("float16", "bfloat16", "float32", "float64")
+    activations = (None,) if operation == "moments" else (None, "relu", "silu", "gelu", "gelu_tanh")
     if settings.get("where") and operation == "normalize":
         return "–"
     left = []
     for dtype, activation in itertools.product(dtypes, activations):
         plan = resolve(*_call(operation, dtype, activation, **settings))[1]
         if not engine.serves(plan, operation):
-            left.append(" ".join(filter(None, (dtype, activation))))
-    everything = len(dtypes) * len(activations)
-    return "yes" if not left else "reference" if len(left) == everything else f"not {', '.join(left)}"
+            left.append((dtype, activation))
+    if not left:
+        return "yes"
+    if len(left) == len(dtypes) * len(activations):
+        return "reference"
+    if left == list(itertools.product(dtypes, activations[1:])):
+        return "without activation"
+    return "not " + ", ".join(f"{dtype} {activation or ''}".strip() for dtype, activation in left)
 
 
-def _call(operation: str, dtype: str, activation: str | None, **settings: Any) -> tuple[Any, ...]:
+def _call(operation: str, dtype: Any, activation: str | None, **settings: Any) -> tuple[Any, ...]:
     """Arguments of `engines.resolve` for a call on a (4, 8, 6, 10) array."""
     from cugn.plan import Each
 
     shape = (4, 6, 10, 8) if settings.get("layout") == "last" else (4, 8, 6, 10)
+    dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     x = np.ones(shape, dtype)
     if settings.get("layout") == "strided":
         x = np.ones((4, 8, 6, 20), dtype)[..., ::-2]
-    like_x = x if x.dtype.kind == "f" else x.astype(np.float32)
+    like_x = x.astype(np.float32) if settings.get("integers") else x
     groups: Any = [0, 1, 0, 1, 0, 1, 2, 2] if settings.get("labels") else 4
     if settings.get("batch_norm"):
         groups = Each.CHANNEL_OF_BATCH

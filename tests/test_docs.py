@@ -63,10 +63,7 @@ def missing_modules(source: str) -> list[str]:
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module.partition(".")[0])
-    missing = [name for name in sorted(names) if importlib.util.find_spec(name) is None]
-    if "dask" in names and importlib.util.find_spec("cugn.dask") is None:
-        missing.append("cugn.dask")
-    return missing
+    return [name for name in sorted(names) if importlib.util.find_spec(name) is None]
 
 
 @pytest.fixture
