@@ -90,29 +90,31 @@ class Normalization:
     def forward(self, x: Array, training: bool) -> Array:
         self.x = x
         if self.norm == "none":
-            self.y = self.xp.maximum(x + self.parameters[0], 0)
-            return self.y
-        fused = {"channel_axis": -1, "activation": "relu"}
-        if self.norm == "group":
-            y, self.mean, self.rstd = cugn.group_norm_forward(x, GROUPS, *self.parameters, eps=EPS, **fused)
+            y = x + self.parameters[0]
+        elif self.norm == "group":
+            y, *self.statistics = cugn.group_norm_forward(x, GROUPS, *self.parameters, eps=EPS, channel_axis=-1)
         elif training:
-            y, self.mean, self.rstd = cugn.batch_norm_forward(x, *self.parameters, eps=EPS, **fused)
-            values = x.size // self.channels
-            var = (1 / self.rstd**2 - EPS) * values / (values - 1)  # unbiased, as it stands for the whole data
-            self.running_mean += self.momentum * (self.mean - self.running_mean)
-            self.running_var += self.momentum * (var - self.running_var)
+            y, *self.statistics = cugn.batch_norm_forward(x, *self.parameters, eps=EPS, channel_axis=-1)
+            self._run(*self.statistics, x.size // self.channels)
         else:
-            rstd = 1 / self.xp.sqrt(self.running_var + EPS)
-            statistics = (self.running_mean, rstd)
-            y = cugn.normalize(x, *statistics, self.channels, *self.parameters, batch_axis=None, **fused)
-        return y
+            running = (self.running_mean, 1 / self.xp.sqrt(self.running_var + EPS))
+            y = cugn.normalize(x, *running, self.channels, *self.parameters, channel_axis=-1, batch_axis=None)
+        self.y = self.xp.maximum(y, 0)
+        return self.y
+
+    def _run(self, mean: Array, rstd: Array, values: int) -> None:
+        """Move batch norm's running statistics towards those of a batch, its variance unbiased."""
+        var = (1 / rstd**2 - EPS) * values / (values - 1)
+        self.running_mean += self.momentum * (mean - self.running_mean)
+        self.running_var += self.momentum * (var - self.running_var)
 
     def backward(self, dy: Array) -> Array:
+        dy = dy * (self.y > 0)
         if self.norm == "none":
-            dx = dy * (self.y > 0)
-            self.gradients = [dx.sum(axis=(0, 1, 2))]
-            return dx
-        known = {"mean": self.mean, "rstd": self.rstd, "channel_axis": -1, "activation": "relu"}
+            self.gradients = [dy.sum(axis=(0, 1, 2))]
+            return dy
+        mean, rstd = self.statistics
+        known = {"mean": mean, "rstd": rstd, "channel_axis": -1}
         if self.norm == "group":
             dx, *self.gradients = cugn.group_norm_backward(dy, self.x, GROUPS, *self.parameters, **known)
         else:
@@ -136,7 +138,7 @@ class Classifier:
     def backward(self, dy: Array) -> Array:
         self.gradients = [self.features.T @ dy, dy.sum(axis=0)]
         dfeatures = dy @ self.parameters[0].T / (self.shape[1] * self.shape[2])
-        return self.xp.ascontiguousarray(self.xp.broadcast_to(dfeatures[:, None, None, :], self.shape))
+        return self.xp.broadcast_to(dfeatures[:, None, None, :], self.shape)
 
 
 class Network:
