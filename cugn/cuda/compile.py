@@ -99,8 +99,16 @@ def kernel(specialisation: Specialisation, name: str, shared_bytes: int) -> Any:
     function = _kernels.get(key)
     if function is None:
         with _lock:
-            module = cupy.RawModule(code=source(specialisation.file), options=options(specialisation))
-            function = module.get_function(name)
+            try:
+                module = cupy.RawModule(code=source(specialisation.file), options=options(specialisation))
+                function = module.get_function(name)
+            except (ImportError, OSError, RuntimeError) as error:
+                if "nvrtc" not in str(error).lower():
+                    raise
+                raise RuntimeError(
+                    "the CUDA kernels are compiled by NVRTC, which CuPy could not load: install CUDA's NVRTC library, "
+                    "or CuPy with it (pip install 'cugn[cuda13]' or 'cugn[cuda12]' and nvidia-cuda-nvrtc)"
+                ) from error
             _kernels[key] = function
     if shared_bytes > 48 << 10 and function.max_dynamic_shared_size_bytes < shared_bytes:
         function.max_dynamic_shared_size_bytes = device_properties(device).shared_per_block
@@ -112,4 +120,10 @@ def device_properties(device: int) -> Device:
     """What config.py asks about a device."""
     import cupy
 
-    return Device(shared_per_block=int(cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]))
+    try:
+        attributes = cupy.cuda.Device(device).attributes
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise RuntimeError(
+            f"no CUDA device {device}: is there a GPU, and a driver new enough for this CuPy?"
+        ) from error
+    return Device(shared_per_block=int(attributes["MaxSharedMemoryPerBlockOptin"]))

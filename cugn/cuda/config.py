@@ -7,7 +7,7 @@ for a sample whatever the batch around it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 __all__ = [
@@ -51,7 +51,7 @@ SPLIT_BOX_BYTES = 84 << 10
 the sums of the other. Instance norm of channels-last float16 then has 1024 elements of a channel in a box, 2 KB, for
 the 32 bytes that it writes for the merge: 1.6 %."""
 
-APPLY_ROWS = 4
+APPLY_ROWS = 2
 """Boxes of `apply` hold this many times the rows, for they need no shared memory: the statistics, 24 bytes a group and
 up to 16 a channel, are read less often. N = 1, C = 128, S = 512 * 512 still makes more than 264 boxes."""
 
@@ -216,11 +216,10 @@ def split_box(problem: Problem, device: Device) -> Box:
     """Box of a part of a group, or of parts of neighbouring groups."""
     budget = min(SPLIT_BOX_BYTES, device.shared_per_block - RESERVED_SHARED)
     elements = max(problem.vector, budget // (problem.arrays * (problem.itemsize + problem.masked)))
+    bytes_of = (backward_bytes,) if problem.arrays == 2 else (moments_bytes, apply_bytes)
     while True:
         box = _part(problem, elements)
-        if (backward_bytes if problem.arrays == 2 else moments_bytes)(
-            box, problem
-        ) <= budget or elements <= problem.vector:
+        if all(of(box, problem) <= budget for of in bytes_of) or elements == problem.vector:
             return box
         elements = max(problem.vector, elements * 7 // 8)
 
@@ -245,7 +244,8 @@ def apply_box(problem: Problem, box: Box) -> Box:
     """Box for the second reading of what `box` split: taller where there are rows."""
     if box.rows == 1:
         return box
-    return _box(problem, 1, min(problem.outer, APPLY_ROWS * box.rows), box.channels, box.columns)
+    taller = _box(problem, 1, min(problem.outer, APPLY_ROWS * box.rows), box.channels, box.columns)
+    return replace(taller, threads=min(taller.threads, USUAL_THREADS), group_team=1, channel_team=1)  # it has no sums
 
 
 @dataclass(frozen=True, slots=True)

@@ -330,7 +330,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 // each channel, sums: (N, spatial parts, C, 2); and the moments of each group in the box, moments: (N, parts, G, 4).
 // With have_statistics, (N, G), it is v x_hat under them, and no moments are written; labels, the group of each channel,
 // need them (labelled).
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(SPLIT_THREADS, 3)
     backward_sums(BOX_PARAMETERS, const int group_team, const int channel_team, const x_t* x, const long long x_sn,
                   const long long x_so, const x_t* dy, const long long dy_sn, const long long dy_so, PARAMETERS, const double* mean, const double* low,
                   const double* rstd, const int have_statistics, const int G, const int* labels, const int labelled,
@@ -470,7 +470,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 }
 
 // One block a box: x and dy read once, dx written once, under statistics and coefficients of (N, G).
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(SPLIT_THREADS, 2)
     backward_apply(BOX_PARAMETERS, const x_t* x, const long long x_sn, const long long x_so, const x_t* dy,
                    const long long dy_sn, const long long dy_so, PARAMETERS, TANGENTS,
                    const double* mean, const double* low, const double* rstd, const double* along, const double* offset,

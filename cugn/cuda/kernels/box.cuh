@@ -8,8 +8,10 @@
 //
 // The order of every sum is fixed by the position in the box, never by an address: the same bits at any alignment.
 
-// Threads of a block at most: 128 registers each.
+// Threads of a block at most: 128 registers each. Kernels that go over a split group have fewer, and so many blocks on a
+// multiprocessor that 12 KB of reads or more are in flight, what sm_90 needs to read and write at the memory's speed.
 #define THREADS 512
+#define SPLIT_THREADS 256
 
 #if MASKED
 #define MASK_PARAMETERS \

@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 }
 
 // One block a box, which may be a part of a group. Writes (mean, low, root of m2, count) of each of its groups.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(SPLIT_THREADS, 3)
     moments(BOX_PARAMETERS, const int team, const x_t* x, const long long x_sn, const long long x_so,
             double* partial MASK_PARAMETERS) {
   const Box box(BOX_ARGUMENTS, blockIdx.x);
@@ -155,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 }
 
 // One block a box: x read once, y written once, under the statistics in mean, low (where have_low) and rstd, (N, G).
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(SPLIT_THREADS, 3)
     apply_statistics(BOX_PARAMETERS, const x_t* x, const long long x_sn, const long long x_so,
                      const double* mean, const double* low, const int have_low, const double* rstd, const int G,
                      const int* labels, const int labelled, PARAMETERS, y_t* y, const long long y_sn, const long long y_so) {
