@@ -39,6 +39,7 @@ autodoc_typehints = "none"  # numpydoc's sections say it in words
 numpydoc_show_class_members = False
 numpydoc_validation_checks: set[str] = set()
 add_function_parentheses = False
+default_role = "py:obj"  # single backquotes in docstrings are links, as in NumPy's
 
 sphinx_gallery_conf = {
     "examples_dirs": ["gallery_src"],
