@@ -98,7 +98,7 @@ def _prepare_forward(plan: Plan, x: Array, weight: Array, bias: Array, out: Arra
     )
 
 
-def forward(plan: Plan, x: Array, weight: Array, bias: Array, out: Array) -> tuple[Array, Array, Array]:
+def forward(plan: Plan, x: Array, weight: Array, bias: Array, where: Array, out: Array) -> tuple[Array, Array, Array]:
     """Output, mean and rstd."""
     if out is None:
         out = _empty_result(plan, x)
@@ -142,7 +142,7 @@ def _statistics(plan: Plan, values: Array) -> Array:
 
 
 def backward(
-    plan: Plan, dy: Array, x: Array, weight: Array, bias: Array, mean: Array, rstd: Array, out: Array
+    plan: Plan, dy: Array, x: Array, weight: Array, bias: Array, mean: Array, rstd: Array, where: Array, out: Array
 ) -> tuple[Array, Array, Array]:
     """Gradients with respect to x, weight and bias."""
     if out is None:
