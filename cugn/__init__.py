@@ -2,6 +2,7 @@
 
 from . import diagnostics
 from ._version import __version__
+from .cpu.threads import get_num_threads, set_num_threads
 from .family import (
     batch_norm,
     batch_norm_backward,
@@ -40,6 +41,7 @@ __all__ = [
     "batch_norm_backward",
     "batch_norm_forward",
     "diagnostics",
+    "get_num_threads",
     "group_norm",
     "group_norm_backward",
     "group_norm_double_backward",
@@ -53,4 +55,5 @@ __all__ = [
     "layer_norm_forward",
     "moments",
     "normalize",
+    "set_num_threads",
 ]

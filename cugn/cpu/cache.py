@@ -12,7 +12,6 @@ import hashlib
 import os
 import pickle
 import sys
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -100,6 +99,8 @@ def save(name: str, result: Any) -> None:
     path = _path(name)
     if path is None:
         return
+    import tempfile
+
     from numba.core import serialize
 
     temporary = None
