@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 
 import cugn
+import cugn.files
 
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent / "examples")]  # gallery_style, page_parts; the gallery runs the examples
@@ -34,7 +36,25 @@ nitpicky = False
 myst_enable_extensions = ["colon_fence", "dollarmath", "deflist", "attrs_inline"]
 myst_heading_anchors = 3
 
+
+def own_members(kind: type) -> list[tuple[str, str]]:
+    """Public methods and properties that a class defines itself: not what it has from tuple, nor its fields."""
+    members = [(name, value) for name, value in vars(kind).items() if name[0] != "_"]
+    return [("automethod", name) for name, value in members if inspect.isfunction(value)] + [
+        ("autoproperty", name) for name, value in members if isinstance(value, property)
+    ]
+
+
 autosummary_generate = True
+autosummary_context = {
+    "own_members": {
+        f"{module.__name__}.{name}": own_members(getattr(module, name))
+        for module in (cugn, cugn.diagnostics, cugn.files)
+        for name in module.__all__
+        if inspect.isclass(getattr(module, name))
+    }
+}
+templates_path = ["_templates"]
 autodoc_typehints = "none"  # numpydoc's sections say it in words
 numpydoc_show_class_members = False
 numpydoc_validation_checks: set[str] = set()
