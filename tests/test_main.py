@@ -89,14 +89,18 @@ def test_missing_packages_are_named(monkeypatch, capsys):
     assert "dask not here: Dask is not installed (pip install 'cugn[dask]')" in printed
 
 
-def test_normalize_is_a_command(tmp_path, capsys):
+def test_normalize_is_a_command(tmp_path):
+    def normalize(source):  # in a process of its own: the memory that it may take counts what the process has already
+        command = [sys.executable, "-m", "cugn", "normalize", source, tmp_path / "y.npy", "--groups", "2", "--quiet"]
+        return subprocess.run(command, capture_output=True, text=True)
+
     x = np.random.default_rng(0).normal(5, 2, (2, 4, 6)).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
-    assert main(["normalize", str(tmp_path / "x.npy"), str(tmp_path / "y.npy"), "--groups", "2", "--quiet"]) == 0
+    assert normalize(tmp_path / "x.npy").returncode == 0
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), cugn.group_norm(x, 2))
-    missing = str(tmp_path / "missing.npy")
-    assert main(["normalize", missing, str(tmp_path / "z.npy"), "--groups", "2", "--quiet"]) == 1
-    assert missing in capsys.readouterr().err
+    missing = normalize(tmp_path / "missing.npy")
+    assert missing.returncode == 1
+    assert str(tmp_path / "missing.npy") in missing.stderr
 
 
 def test_unknown_command():
