@@ -9,7 +9,7 @@ that is not timed, which brings the library's data into the caches and wakes its
 itself; the median of a turn, then of the rounds, counts; there are more rounds while the times scatter. Before anything
 is timed the results of all libraries are compared. Libraries that are not installed are left out. Prints every case,
 then a summary; saves JSON and a figure. Run it on an idle machine: code that waits for two threads suffers most from
-others.
+others. Where that cannot be had: ``chrt -r 20 python asv_bench/peers.py`` (Linux, as root; others then wait).
 """
 
 from __future__ import annotations
