@@ -148,10 +148,32 @@ def peers_part() -> str:
     )
 
 
+def gpu_part(bandwidth: float = 3350.0) -> str:
+    """Launches on an H100 and the time that their traffic takes at the bandwidth of its memory, in GB/s."""
+    from cugn.cuda import __main__ as model
+
+    device = model.Device(model.ARCHITECTURES[90][0] << 10)
+    lines = [
+        "| N, C, S, G | channels | dtype | pass | kernels (blocks × threads) | bytes an element | modelled time |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (N, C, S, G, last), dtype, arrays in itertools.product(model.SHAPES, ("float32", "float16"), (1, 2)):
+        launches = model.launches(model.problem_of(N, C, S, G, last, dtype, arrays), device)
+        kernels = ", ".join(f"{kernel} ({box.tiles} × {box.threads})" for _, kernel, box, _, _ in launches)
+        traffic = sum(bytes_each for *_, bytes_each in launches)
+        time = N * C * S * traffic / bandwidth / 1e3
+        lines.append(
+            f"| {N}, {C}, {S}, {G} | {'last' if last else 'first'} | {dtype} "
+            f"| {'forward' if arrays == 1 else 'backward'} | {kernels} | {traffic:g} | {time:.3g} µs |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def make_parts(app: Any) -> None:
     """Write all parts."""
     write("guide/paths.inc.md", serving_table())
     write("peers.inc.md", peers_part())
+    write("gpu_model.inc.md", gpu_part())
 
 
 def setup(app: Any) -> dict[str, Any]:
