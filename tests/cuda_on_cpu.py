@@ -11,6 +11,8 @@ import simt
 from libraries import Library
 from simt import host_cupy
 
+from cugn.cuda import compile as compile_
+
 REASON = host_cupy.missing() or simt.missing_tools()
 NEEDED = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 
@@ -19,4 +21,13 @@ NEEDED = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 def emulated(*devices: host_cupy.Properties, **settings: Any) -> Iterator[Library]:
     """The library `cupy`, on these devices (an H100 by default), under these settings of the emulator."""
     with host_cupy.installed(*devices), simt.using(**settings):
-        yield Library("cupy on the emulator", host_cupy.to_device, host_cupy.to_host)
+        forget_devices()
+        try:
+            yield Library("cupy on the emulator", host_cupy.to_device, host_cupy.to_host)
+        finally:
+            forget_devices()
+
+
+def forget_devices() -> None:
+    """The engine asks a device once for what it can; here another one may come under the same number."""
+    compile_.device_properties.cache_clear()

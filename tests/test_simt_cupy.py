@@ -157,6 +157,14 @@ def test_arrays_beyond_memory():
     assert host_cupy.to_host(y).tolist() == [[1, 2, 3], [4, 5, 6]]
 
 
+def test_shared_memory_is_the_devices():
+    with host_cupy.installed(host_cupy.Properties(shared_opt_in=64 << 10)):
+        kernel = cupy.RawModule(code=ADD_ONE).get_function("add_one")
+        kernel.max_dynamic_shared_size_bytes = 64 << 10
+        with pytest.raises(simt.SimtFault, match="the device has 65536"):
+            kernel.max_dynamic_shared_size_bytes = 65 << 10
+
+
 def test_everything_is_put_back():
     with host_cupy.installed():
         inside = cupy.RawModule

@@ -387,6 +387,7 @@ def installed(*devices: Properties) -> Iterator[None]:
             "getDeviceProperties": lambda device: _devices[device].properties(),
             "deviceGetAttribute": attribute,
         },
+        module: {"shared_opt_in": lambda: _devices[_current[-1]].shared_opt_in},
         cupy.ndarray: {
             "device": property(lambda array: Device(array.data.device_id)),
             "__cuda_array_interface__": property(_interface),

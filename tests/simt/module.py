@@ -70,6 +70,11 @@ class Limits:
 LIMITS = Limits()
 
 
+def shared_opt_in() -> int:
+    """Shared memory that a block may ask for on the current device; host_cupy has its devices' instead."""
+    return LIMITS.shared_opt_in
+
+
 # ---------------------------------------------------------------- what a launch did
 
 
@@ -394,10 +399,9 @@ class Kernel:
 
     @max_dynamic_shared_size_bytes.setter
     def max_dynamic_shared_size_bytes(self, size: int) -> None:
-        if not 0 <= size <= LIMITS.shared_opt_in:
+        if not 0 <= size <= shared_opt_in():
             raise SimtFault(
-                self.name,
-                [Fault("launch", f"{size} bytes of dynamic shared memory, the device has {LIMITS.shared_opt_in}")],
+                self.name, [Fault("launch", f"{size} bytes of dynamic shared memory, the device has {shared_opt_in()}")]
             )
         self._max_dynamic_shared = size
 
