@@ -2,9 +2,9 @@
 
 ``python tests/cuda_mutants.py`` runs all of them and prints a table; with names, these.
 
-The checks are small versions of tests/test_cuda_values.py and tests/test_cuda_traffic.py: values against the oracle, every
-access looked at, and what is read and written. A device with 48 KiB of shared memory a block splits groups of 12,000
-elements, so that the paths for large groups are short, too.
+The checks are small versions of tests/test_cuda_values.py and tests/test_cuda_traffic.py: values against the oracle,
+every access looked at, and what is read and written. A device with 48 KiB of shared memory a block splits groups of
+12,000 elements, so that the paths for large groups are short, too.
 """
 
 from __future__ import annotations
@@ -52,7 +52,14 @@ def inputs(shape: tuple[int, ...], dtype: str, mean: float, std: float) -> tuple
 
 @cache
 def expected(
-    shape: tuple[int, ...], dtype: str, mean: float, std: float, groups: Any, eps: float, masked: bool, activation: str | None
+    shape: tuple[int, ...],
+    dtype: str,
+    mean: float,
+    std: float,
+    groups: Any,
+    eps: float,
+    masked: bool,
+    activation: str | None,
 ) -> tuple[Any, Any, Any]:
     """The oracle's forward and backward, and the mask."""
     x, dy, weight, bias = inputs(shape, dtype, mean, std)
@@ -106,7 +113,9 @@ def call(
                 options["mean"], options["rstd"] = (
                     host_cupy.to_device(v.astype(np.float64)) for v in (forward.mean, forward.rstd)
                 )
-            found = cugn.group_norm_backward(DY, X, key if np.ndim(groups) == 0 else list(groups), W, B, out=out, **options)
+            found = cugn.group_norm_backward(
+                DY, X, key if np.ndim(groups) == 0 else list(groups), W, B, out=out, **options
+            )
             found = cugn.GroupNormGrads(back(host_cupy.to_host(found.dx)), *map(host_cupy.to_host, found[1:]))
             check_gradients(found, gradients, dtype, "gradients")
         else:
@@ -191,18 +200,30 @@ CHECKS: dict[str, Callable[[], Any]] = {
         call((1, 2, 6000), 1, dtype="float64", mean=1e12, std=1.0, small=True),
     ),
     "float64, out of range": lambda: call((1, 4, 100), 2, dtype="float64", mean=0.0, std=1e200),
-    "far from zero": lambda: (call((2, 4, 300), 2, mean=1e6, std=1.0), call((1, 2, 9001), 1, mean=1e6, std=1.0, small=True)),
-    "out of range": lambda: (call((2, 4, 90), 2, mean=0.0, std=1e20), call((2, 4, 90), 2, mean=0.0, std=1e-25, eps=0.0)),
+    "far from zero": lambda: (
+        call((2, 4, 300), 2, mean=1e6, std=1.0),
+        call((1, 2, 9001), 1, mean=1e6, std=1.0, small=True),
+    ),
+    "out of range": lambda: (
+        call((2, 4, 90), 2, mean=0.0, std=1e20),
+        call((2, 4, 90), 2, mean=0.0, std=1e-25, eps=0.0),
+    ),
     "slow beside fast": slow_beside_fast,
     "masked": lambda: call((2, 6, 35), 3, masked=True),
-    "masked last": lambda: (call((2, 24, 37), 8, masked=True, last=True), call((1, 330, 37), 3, masked=True, last=True)),
+    "masked last": lambda: (
+        call((2, 24, 37), 8, masked=True, last=True),
+        call((1, 330, 37), 3, masked=True, last=True),
+    ),
     "labels": lambda: call((2, 12, 35), LABELS, small=True),
     "silu": lambda: call((2, 6, 35), 3, activation="silu"),
     "backward": lambda: call((40, 24, 41), 3, backward=True),
     "backward last": lambda: call((2, 24, 37), 8, backward=True, last=True),
     "backward, statistics given": lambda: call((3, 6, 35), 3, backward=True, given=True),
     "backward, many samples": lambda: call((9, 2050, 1), 2, backward=True),
-    "backward split": lambda: (call((1, 2, 9001), 1, backward=True, small=True), call((2, 3, 14000), 3, backward=True, small=True)),
+    "backward split": lambda: (
+        call((1, 2, 9001), 1, backward=True, small=True),
+        call((2, 3, 14000), 3, backward=True, small=True),
+    ),
     "backward split last": lambda: call((1, 24, 1201), 2, backward=True, small=True, last=True),
     "backward masked": lambda: call((2, 6, 35), 3, backward=True, masked=True),
     "backward labels": lambda: (
@@ -218,105 +239,548 @@ CHECKS: dict[str, Callable[[], Any]] = {
 
 # ---------------------------------------------------------------- the list
 
-mutant("samples are not clipped", "box.cuh", "Box(BOX_PARAMETERS", "(int)min((long long)samples, N - n0)", "samples", "first")
-mutant("rows are not clipped", "box.cuh", "Box(BOX_PARAMETERS", "(int)min((long long)rows, outer - o0)", "rows", "split last")
-mutant("columns are not clipped", "box.cuh", "Box(BOX_PARAMETERS", "(int)min((long long)columns, inner - i0)", "columns", "split")
+mutant(
+    "samples are not clipped",
+    "box.cuh",
+    "Box(BOX_PARAMETERS",
+    "(int)min((long long)samples, N - n0)",
+    "samples",
+    "first",
+)
+mutant(
+    "rows are not clipped",
+    "box.cuh",
+    "Box(BOX_PARAMETERS",
+    "(int)min((long long)rows, outer - o0)",
+    "rows",
+    "split last",
+)
+mutant(
+    "columns are not clipped",
+    "box.cuh",
+    "Box(BOX_PARAMETERS",
+    "(int)min((long long)columns, inner - i0)",
+    "columns",
+    "split",
+)
 mutant("channels are not clipped", "box.cuh", "Box(BOX_PARAMETERS", "min(channels, (", "max(channels, (", "tiny groups")
-mutant("a box starts at its own sample", "box.cuh", "Box(BOX_PARAMETERS", "(long long)(tile / row_tiles) * samples", "tile / row_tiles", "first")
-mutant("columns of a box start at zero", "box.cuh", "struct Global", "+ box.c0 * inner + box.i0", "+ box.c0 * inner", "split")
+mutant(
+    "a box starts at its own sample",
+    "box.cuh",
+    "Box(BOX_PARAMETERS",
+    "(long long)(tile / row_tiles) * samples",
+    "tile / row_tiles",
+    "first",
+)
+mutant(
+    "columns of a box start at zero",
+    "box.cuh",
+    "struct Global",
+    "+ box.c0 * inner + box.i0",
+    "+ box.c0 * inner",
+    "split",
+)
 mutant("channels of a box start at zero", "box.cuh", "struct Global", "+ box.c0 * inner + box.i0", "+ box.i0", "split")
 mutant("rows of a box start at zero", "box.cuh", "struct Global", " + box.o0 * so", "", "split last")
-mutant("parts of a group share a place", "box.cuh", "Box(BOX_PARAMETERS", "spatial_part * tiles_of_group + k", "k", "split")
-mutant("the distance from 16 bytes is lost", "box.cuh", "elements_past_16_bytes", "% (16 / sizeof(T))", "% 1", "misaligned")
+mutant(
+    "parts of a group share a place", "box.cuh", "Box(BOX_PARAMETERS", "spatial_part * tiles_of_group + k", "k", "split"
+)
+mutant(
+    "the distance from 16 bytes is lost", "box.cuh", "elements_past_16_bytes", "% (16 / sizeof(T))", "% 1", "misaligned"
+)
 mutant("a flat box forgets its head", "box.cuh", "struct Shared", "flat ? head + s", "flat ? s", "misaligned")
 mutant("rows forget how their heads change", "box.cuh", "struct Shared", " + r * step_r)", ")", "rows apart")
-mutant("vectors are loaded several times", "box.cuh", "void fill(const Global", "first += UNROLL * blockDim.x", "first += blockDim.x", "first")
-mutant("a vector before the box is loaded", "box.cuh", "void fill(const Global", "e >= 0 && e + V <= length", "e + V <= length", "misaligned")
-mutant("a vector across the end is loaded", "box.cuh", "void fill(const Global", "e + V <= length", "e <= length", "misaligned")
-mutant("one element past the end is loaded", "box.cuh", "the ends of each stretch", "e < end)", "e <= end)", "misaligned")
+mutant(
+    "vectors are loaded several times",
+    "box.cuh",
+    "void fill(const Global",
+    "first += UNROLL * blockDim.x",
+    "first += blockDim.x",
+    "first",
+)
+mutant(
+    "a vector before the box is loaded",
+    "box.cuh",
+    "void fill(const Global",
+    "e >= 0 && e + V <= length",
+    "e + V <= length",
+    "misaligned",
+)
+mutant(
+    "a vector across the end is loaded",
+    "box.cuh",
+    "void fill(const Global",
+    "e + V <= length",
+    "e <= length",
+    "misaligned",
+)
+mutant(
+    "one element past the end is loaded", "box.cuh", "the ends of each stretch", "e < end)", "e <= end)", "misaligned"
+)
 mutant("the ends are not loaded", "box.cuh", "void fill(const Global", "if (aligned) return;", "return;", "misaligned")
-mutant("x is loaded element by element", "box.cuh", "void fill(const Global", "from.row(n, r) + e, true)", "from.row(n, r) + e, false)", "first")
+mutant(
+    "x is loaded element by element",
+    "box.cuh",
+    "void fill(const Global",
+    "from.row(n, r) + e, true)",
+    "from.row(n, r) + e, false)",
+    "first",
+)
 mutant("the mask of channel zero", "box.cuh", "struct Mask", "(box.c0 + c) * sc", "c * sc", "masked last")
-mutant("the mask forgets its row", "box.cuh", "struct Mask", "data[(n * nr + r) * width + q]", "data[n * nr * width + q]", "masked last")
-mutant("no barrier before the scratch is written", "box.cuh", "Pair team_sum(", "__syncthreads();  // the scratch", "// the scratch", "first")
-mutant("no barrier before the scratch is read", "box.cuh", "scratch[2 * warp + 1] = v.b;", "__syncthreads();", "", "split")
+mutant(
+    "the mask forgets its row",
+    "box.cuh",
+    "struct Mask",
+    "data[(n * nr + r) * width + q]",
+    "data[n * nr * width + q]",
+    "masked last",
+)
+mutant(
+    "no barrier before the scratch is written",
+    "box.cuh",
+    "Pair team_sum(",
+    "__syncthreads();  // the scratch",
+    "// the scratch",
+    "first",
+)
+mutant(
+    "no barrier before the scratch is read", "box.cuh", "scratch[2 * warp + 1] = v.b;", "__syncthreads();", "", "split"
+)
 mutant("every lane writes the scratch", "box.cuh", "Pair team_sum(", "if ((threadIdx.x & 31) == 0)", "", "split")
 mutant("the last step of a warp's sum is left out", "box.cuh", "Pair team_sum(", "offset > 0", "offset > 1", "first")
 mutant("a sum over the whole warp", "box.cuh", "Pair team_sum(", "min(team, 32) >> 1", "16", "tiny groups")
 mutant("the last warp is not added", "box.cuh", "Pair team_sum(", "w < first + warps", "w < first + warps - 1", "split")
-mutant("the second sum is the first", "box.cuh", "Pair team_sum(", "scratch[2 * warp + 1] = v.b", "scratch[2 * warp + 1] = v.a", "split")
-mutant("a team asks its own warp only", "box.cuh", "bool any_of_team", "team > 32 ? __syncthreads_or(v) != 0 : __any_sync(0xffffffffu, v) != 0", "__any_sync(0xffffffffu, v) != 0", "slow beside fast")
+mutant(
+    "the second sum is the first",
+    "box.cuh",
+    "Pair team_sum(",
+    "scratch[2 * warp + 1] = v.b",
+    "scratch[2 * warp + 1] = v.a",
+    "split",
+)
+mutant(
+    "a team asks its own warp only",
+    "box.cuh",
+    "bool any_of_team",
+    "team > 32 ? __syncthreads_or(v) != 0 : __any_sync(0xffffffffu, v) != 0",
+    "__any_sync(0xffffffffu, v) != 0",
+    "slow beside fast",
+)
 mutant("chunks of a team overlap", "box.cuh", "void deal(", "++u, j += team", "++u, j += team - 1", "first")
 mutant("chunks are an element apart", "box.cuh", "void deal(", "(j - r * per_row) * V", "j - r * per_row", "last")
 mutant("a short run is not added up", "box.cuh", "void deal(", "flush();", "if (j < count) flush();", "float16")
-mutant("vectors where rows are no multiple of them", "box.cuh", "void walk(int rows", "run % VX == 0", "run >= VX", "first")
+mutant(
+    "vectors where rows are no multiple of them", "box.cuh", "void walk(int rows", "run % VX == 0", "run >= VX", "first"
+)
 mutant("y is written past the box", "box.cuh", "void apply(const Op", "min(e + VY, length)", "e + VY", "misaligned")
-mutant("y is written element by element", "box.cuh", "void apply(const Op", "if (first == e && last == e + VY)", "if (false)", "first")
-mutant("channels of the vector before", "box.cuh", "void apply(const Op", "position < 0 || position != known", "known < 0", "first")
-mutant("a vector keeps entries of the next row", "box.cuh", "void apply(const Op", "q + VY <= box.width ?", "q <= box.width ?", "ends of samples")
-mutant("half of y is not written", "box.cuh", "void apply(const Op", "v < count; v += blockDim.x", "v < count / 2; v += blockDim.x", "first")
+mutant(
+    "y is written element by element",
+    "box.cuh",
+    "void apply(const Op",
+    "if (first == e && last == e + VY)",
+    "if (false)",
+    "first",
+)
+mutant(
+    "channels of the vector before",
+    "box.cuh",
+    "void apply(const Op",
+    "position < 0 || position != known",
+    "known < 0",
+    "first",
+)
+mutant(
+    "a vector keeps entries of the next row",
+    "box.cuh",
+    "void apply(const Op",
+    "q + VY <= box.width ?",
+    "q <= box.width ?",
+    "ends of samples",
+)
+mutant(
+    "half of y is not written",
+    "box.cuh",
+    "void apply(const Op",
+    "v < count; v += blockDim.x",
+    "v < count / 2; v += blockDim.x",
+    "first",
+)
 mutant("a step into the next sample is missed", "box.cuh", "struct Place", "r = 0, ++n", "r = 0", "tiny groups")
 mutant("quotients without their half", "box.cuh", "struct Divisor", "((float)n + 0.5f)", "((float)n)", "tiny groups")
 
-mutant("the variance about zero", "moments.cuh", "Moments moments_of", "v[j] - estimate : (real)0", "v[j] : (real)0", "first")
-mutant("the mean's rounding stays in the variance", "moments.cuh", "m.scale = scale", "total.b - total.a * (total.a / count)", "total.b", "far from zero")
-mutant("masked elements enter the mean", "moments.cuh", "Moments moments_of", "sum += (double)(used ? v[j] : (real)0)", "sum += (double)v[j]", "masked")
-mutant("masked elements enter the variance", "moments.cuh", "Moments moments_of", "const real d = mask.at(n, r, q0 + i + j) ?", "const real d = true ?", "masked")
-mutant("masked elements are counted", "moments.cuh", "Moments moments_of", "run_count += used", "run_count += 1", "masked")
-mutant("no way out of float32's range", "moments.cuh", "#else\n  const bool slow", "!(total.b >= count * 0x1p-96 && total.b <= 0x1p+1000)", "false", "out of range")
-mutant("no scaling in float64", "moments.cuh", "walk_slowly(slow_rows", "wanted = to_unity(", "wanted = 0 * (", "float64, out of range")
-mutant("the mean's second part is dropped", "moments.cuh", "struct Centre", "(real)((mean - high) + s.low[u])", "(real)(mean - high)", "float64, far from zero")
-mutant("float32 loses the mean's remainder", "moments.cuh", "struct Centre", "low = (real)((mean - high) + s.low[u]);", "low = (real)s.low[u];", "far from zero")
+mutant(
+    "the variance about zero",
+    "moments.cuh",
+    "Moments moments_of",
+    "v[j] - estimate : (real)0",
+    "v[j] : (real)0",
+    "first",
+)
+mutant(
+    "the mean's rounding stays in the variance",
+    "moments.cuh",
+    "m.scale = scale",
+    "total.b - total.a * (total.a / count)",
+    "total.b",
+    "far from zero",
+)
+mutant(
+    "masked elements enter the mean",
+    "moments.cuh",
+    "Moments moments_of",
+    "sum += (double)(used ? v[j] : (real)0)",
+    "sum += (double)v[j]",
+    "masked",
+)
+mutant(
+    "masked elements enter the variance",
+    "moments.cuh",
+    "Moments moments_of",
+    "const real d = mask.at(n, r, q0 + i + j) ?",
+    "const real d = true ?",
+    "masked",
+)
+mutant(
+    "masked elements are counted", "moments.cuh", "Moments moments_of", "run_count += used", "run_count += 1", "masked"
+)
+mutant(
+    "no way out of float32's range",
+    "moments.cuh",
+    "#else\n  const bool slow",
+    "!(total.b >= count * 0x1p-96 && total.b <= 0x1p+1000)",
+    "false",
+    "out of range",
+)
+mutant(
+    "no scaling in float64",
+    "moments.cuh",
+    "walk_slowly(slow_rows",
+    "wanted = to_unity(",
+    "wanted = 0 * (",
+    "float64, out of range",
+)
+mutant(
+    "the mean's second part is dropped",
+    "moments.cuh",
+    "struct Centre",
+    "(real)((mean - high) + s.low[u])",
+    "(real)(mean - high)",
+    "float64, far from zero",
+)
+mutant(
+    "float32 loses the mean's remainder",
+    "moments.cuh",
+    "struct Centre",
+    "low = (real)((mean - high) + s.low[u]);",
+    "low = (real)s.low[u];",
+    "far from zero",
+)
 mutant("eps is forgotten", "moments.cuh", "double rstd(double eps)", "m2 / count + eps", "m2 / count", "tiny groups")
-mutant("parts weigh the same", "moments.cuh", "Moments merge_parts", "shifted = fma(m, d, shifted)", "shifted += d", "split")
-mutant("means of parts without their spread", "moments.cuh", "Moments merge_parts", "q[3] * (d * d)", "0 * (d * d)", "split")
-mutant("parts are counted several times", "moments.cuh", "double elements = 0, shifted", "p += team", "p += 1", "split last")
-mutant("weights of the first channels", "moments.cuh", "void fill_scales", "p.weight, p.weight_dtype, box.c0 + c", "p.weight, p.weight_dtype, c", "split")
-mutant("the mean's second part is not loaded", "moments.cuh", "struct Statistics", "have_low ? lows[at] : 0", "0", "float64, far from zero")
+mutant(
+    "parts weigh the same",
+    "moments.cuh",
+    "Moments merge_parts",
+    "shifted = fma(m, d, shifted)",
+    "shifted += d",
+    "split",
+)
+mutant(
+    "means of parts without their spread", "moments.cuh", "Moments merge_parts", "m * (d * d))", "0 * (d * d))", "split"
+)
+mutant(
+    "parts are counted several times",
+    "moments.cuh",
+    "double elements = 0, shifted",
+    "p += team",
+    "p += 1",
+    "split last",
+)
+mutant(
+    "weights of the first channels",
+    "moments.cuh",
+    "void fill_scales",
+    "p.weight, p.weight_dtype, box.c0 + c",
+    "p.weight, p.weight_dtype, c",
+    "split",
+)
+mutant(
+    "the mean's second part is not loaded",
+    "moments.cuh",
+    "struct Statistics",
+    "have_low ? lows[at] : 0",
+    "0",
+    "float64, far from zero",
+)
 
 mutant("no barrier after x is loaded", "forward.cu", "    forward(BOX_PARAMETERS", "__syncthreads();", "", "first")
-mutant("no barrier after the statistics", "forward.cu", "tables.centres[u] = Centre(statistics, u);", "__syncthreads();", "", "first")
-mutant("teams without a group write", "forward.cu", "    forward(BOX_PARAMETERS", "if (u < units && lane == 0)", "if (lane == 0)", "tiny groups")
-mutant("every thread of a team writes", "forward.cu", "    forward(BOX_PARAMETERS", "if (u < units && lane == 0)", "if (u < units)", "first")
-mutant("teams without a group read", "forward.cu", "    forward(BOX_PARAMETERS", "u < units ? box.nr : 0", "box.nr", "tiny groups")
-mutant("statistics of the first sample", "forward.cu", "    forward(BOX_PARAMETERS", "(box.n0 + n) * (C / D)", "n * (C / D)", "first")
-mutant("room for one sample's statistics", "forward.cu", "    forward(BOX_PARAMETERS", "samples * max(1, channels / D)", "max(1, channels / D)", "tiny groups")
-mutant("blocks of 64 threads are the bound", "forward.cu", "// One block a box: groups", "__launch_bounds__(THREADS, 1)", "__launch_bounds__(64, 1)", "first")
+mutant(
+    "no barrier after the statistics",
+    "forward.cu",
+    "tables.centres[u] = Centre(statistics, u);",
+    "__syncthreads();",
+    "",
+    "first",
+)
+mutant(
+    "teams without a group write",
+    "forward.cu",
+    "    forward(BOX_PARAMETERS",
+    "if (u < units && lane == 0)",
+    "if (lane == 0)",
+    "tiny groups",
+)
+mutant(
+    "every thread of a team writes",
+    "forward.cu",
+    "    forward(BOX_PARAMETERS",
+    "if (u < units && lane == 0)",
+    "if (u < units)",
+    "first",
+)
+mutant(
+    "teams without a group read",
+    "forward.cu",
+    "    forward(BOX_PARAMETERS",
+    "u < units ? box.nr : 0",
+    "box.nr",
+    "tiny groups",
+)
+mutant(
+    "statistics of the first sample",
+    "forward.cu",
+    "    forward(BOX_PARAMETERS",
+    "(box.n0 + n) * (C / D)",
+    "n * (C / D)",
+    "first",
+)
+mutant(
+    "room for one sample's statistics",
+    "forward.cu",
+    "    forward(BOX_PARAMETERS",
+    "samples * max(1, channels / D)",
+    "max(1, channels / D)",
+    "tiny groups",
+)
+mutant(
+    "blocks of 64 threads are the bound",
+    "forward.cu",
+    "// One block a box: groups",
+    "__launch_bounds__(THREADS, 1)",
+    "__launch_bounds__(64, 1)",
+    "first",
+)
 mutant("no barrier before moments", "forward.cu", "    moments(BOX_PARAMETERS", "__syncthreads();", "", "split")
-mutant("all parts write to one place", "forward.cu", "    moments(BOX_PARAMETERS", "box.parts + box.part)", "box.parts)", "split")
-mutant("groups that are not there are merged", "forward.cu", "    merge_moments(const double", "group < groups_of_all ? parts : 0", "parts", "split")
-mutant("labels are ignored", "forward.cu", "    merge_labels(const double", "order[bounds[g] + k]", "(bounds[g] + k)", "labels")
+mutant(
+    "all parts write to one place",
+    "forward.cu",
+    "    moments(BOX_PARAMETERS",
+    "box.parts + box.part)",
+    "box.parts)",
+    "split",
+)
+mutant(
+    "groups that are not there are merged",
+    "forward.cu",
+    "    merge_moments(const double",
+    "group < groups_of_all ? parts : 0",
+    "parts",
+    "split",
+)
+mutant(
+    "labels are ignored",
+    "forward.cu",
+    "    merge_labels(const double",
+    "order[bounds[g] + k]",
+    "(bounds[g] + k)",
+    "labels",
+)
 mutant("no barrier before y", "forward.cu", "    apply_statistics(BOX_PARAMETERS", "__syncthreads();", "", "split")
 
-mutant("dz is not weighted", "backward.cu", "struct Gradient", "return fma(e.scale, dz,", "return fma(e.rstd, dz,", "backward")
-mutant("no barrier between boxes", "backward.cu", "    backward(BOX_PARAMETERS", "if (i > 0) __syncthreads();  //", "if (false) ;  //", "backward, many samples")
-mutant("no barrier after x and dy are loaded", "backward.cu", "    backward(BOX_PARAMETERS", "    __syncthreads();\n\n    const int units", "    const int units", "backward")
-mutant("no barrier before the sums", "backward.cu", "    backward(BOX_PARAMETERS", "    __syncthreads();\n\n    sum_channels", "    sum_channels", "backward")
-mutant("no barrier after the sums", "backward.cu", "    backward(BOX_PARAMETERS", "work.sums);\n    __syncthreads();", "work.sums);", "backward")
-mutant("no barrier before dx", "backward.cu", "work.totals[2 * c + 1] = sum_v_x_hat;", "__syncthreads();", "", "backward")
-mutant("sums of the last sample only", "backward.cu", "    backward(BOX_PARAMETERS", "double sum_v = i ? work.totals[2 * c] : 0", "double sum_v = 0", "backward, many samples")
-mutant("blocks share their partial sums", "backward.cu", "    backward(BOX_PARAMETERS", "(long long)sample_block * C + c0", "c0", "backward, many samples")
-mutant("statistics that were given are ignored", "backward.cu", "    backward(BOX_PARAMETERS", "have_rstd ? rstd_given[(box.n0 + n) * G + box.g0 + k] : m.rstd(eps)", "rstd_given[0]", "backward")
-mutant("masked elements feel the statistics", "backward.cu", "struct Gradient", "values.used[k] ? along : (real)0", "along", "backward masked")
-mutant("no slope in the sums", "backward.cu", "void sum_channels", "vs[k] * slope(fma(x_hat, scale.weight, scale.bias))", "vs[k]", "backward silu")
-mutant("the mean of dy stays", "backward.cu", "struct GroupCoefficients", "offset(-rstd * (sums.a / count))", "offset(0)", "backward")
-mutant("the elements' own part stays", "backward.cu", "struct GroupCoefficients", "along(-rstd * (sums.b / count))", "along(0)", "backward")
+mutant(
+    "dz is not weighted",
+    "backward.cu",
+    "struct Gradient",
+    "return fma(e.scale, dz,",
+    "return fma(e.rstd, dz,",
+    "backward",
+)
+mutant(
+    "no barrier between boxes",
+    "backward.cu",
+    "    backward(BOX_PARAMETERS",
+    "if (i > 0) __syncthreads();  //",
+    "if (false) ;  //",
+    "backward, many samples",
+)
+mutant(
+    "no barrier after x and dy are loaded",
+    "backward.cu",
+    "    backward(BOX_PARAMETERS",
+    "    __syncthreads();\n\n    const int units",
+    "    const int units",
+    "backward",
+)
+mutant(
+    "no barrier before the sums",
+    "backward.cu",
+    "    backward(BOX_PARAMETERS",
+    "    __syncthreads();\n\n    sum_channels",
+    "    sum_channels",
+    "backward",
+)
+mutant(
+    "no barrier after the sums",
+    "backward.cu",
+    "    backward(BOX_PARAMETERS",
+    "work.sums);\n    __syncthreads();",
+    "work.sums);",
+    "backward",
+)
+mutant(
+    "no barrier before dx", "backward.cu", "work.totals[2 * c + 1] = sum_v_x_hat;", "__syncthreads();", "", "backward"
+)
+mutant(
+    "sums of the last sample only",
+    "backward.cu",
+    "    backward(BOX_PARAMETERS",
+    "double sum_v = i ? work.totals[2 * c] : 0",
+    "double sum_v = 0",
+    "backward, many samples",
+)
+mutant(
+    "blocks share their partial sums",
+    "backward.cu",
+    "    backward(BOX_PARAMETERS",
+    "(long long)sample_block * C + c0",
+    "c0",
+    "backward, many samples",
+)
+mutant(
+    "statistics that were given are ignored",
+    "backward.cu",
+    "    backward(BOX_PARAMETERS",
+    "have_rstd ? rstd_given[(box.n0 + n) * G + box.g0 + k] : m.rstd(eps)",
+    "rstd_given[0]",
+    "backward",
+)
+mutant(
+    "masked elements feel the statistics",
+    "backward.cu",
+    "struct Gradient",
+    "values.used[k] ? along : (real)0",
+    "along",
+    "backward masked",
+)
+mutant(
+    "no slope in the sums",
+    "backward.cu",
+    "void sum_channels",
+    "vs[k] * slope(fma(x_hat, scale.weight, scale.bias))",
+    "vs[k]",
+    "backward silu",
+)
+mutant(
+    "the mean of dy stays",
+    "backward.cu",
+    "struct GroupCoefficients",
+    "offset(-rstd * (sums.a / count))",
+    "offset(0)",
+    "backward",
+)
+mutant(
+    "the elements' own part stays",
+    "backward.cu",
+    "struct GroupCoefficients",
+    "along(-rstd * (sums.b / count))",
+    "along(0)",
+    "backward",
+)
 mutant("one element feels rounding", "backward.cu", "void set_tables", "if (count == 1)", "if (false)", "one element")
-mutant("sums stay about the box's mean", "backward.cu", "    merge_backward(const int C", "sum_v_x_hat = fma(q[0], shift, sum_v_x_hat);", "", "backward split")
-mutant("sums stay in the box's units", "backward.cu", "    backward_sums(BOX_PARAMETERS", "work.sums[2 * c + 1] / work.statistics.rstd[c / box.group_channels]", "work.sums[2 * c + 1]", "backward split")
-mutant("no barrier before the parts' sums", "backward.cu", "    backward_sums(BOX_PARAMETERS", "work.sums);\n  __syncthreads();", "work.sums);", "backward split")
-mutant("no barrier before dx of a part", "backward.cu", "    backward_apply(BOX_PARAMETERS", "__syncthreads();", "", "backward split")
-mutant("labels are not sorted", "backward.cu", "    merge_backward(const int C", "order[bounds[g] + k]", "(bounds[g] + k)", "backward labels")
-mutant("no barrier before labels are added", "backward.cu", "    merge_backward(const int C", "__syncthreads();  // the sums", "// the sums", "backward labels")
+mutant(
+    "sums stay about the box's mean",
+    "backward.cu",
+    "    merge_backward(const int C",
+    "sum_v_x_hat = fma(q[0], shift, sum_v_x_hat);",
+    "",
+    "backward split",
+)
+mutant(
+    "sums stay in the box's units",
+    "backward.cu",
+    "    backward_sums(BOX_PARAMETERS",
+    "work.sums[2 * c + 1] / work.statistics.rstd[c / box.group_channels]",
+    "work.sums[2 * c + 1]",
+    "backward split",
+)
+mutant(
+    "no barrier before the parts' sums",
+    "backward.cu",
+    "    backward_sums(BOX_PARAMETERS",
+    "work.sums);\n  __syncthreads();",
+    "work.sums);",
+    "backward split",
+)
+mutant(
+    "no barrier before dx of a part",
+    "backward.cu",
+    "    backward_apply(BOX_PARAMETERS",
+    "__syncthreads();",
+    "",
+    "backward split",
+)
+mutant(
+    "labels are not sorted",
+    "backward.cu",
+    "    merge_backward(const int C",
+    "order[bounds[g] + k]",
+    "(bounds[g] + k)",
+    "backward labels",
+)
+mutant(
+    "no barrier before labels are added",
+    "backward.cu",
+    "    merge_backward(const int C",
+    "__syncthreads();  // the sums",
+    "// the sums",
+    "backward labels",
+)
 mutant("no barrier before rows are added", "backward.cu", "void add_rows", "__syncthreads();", "", "backward")
 mutant("a row in eight is left out", "backward.cu", "void add_rows", "other < 8", "other < 7", "backward")
 mutant("rows overlap", "backward.cu", "void add_rows", "r += 8", "r += 7", "backward")
-mutant("channels that are not there", "backward.cu", "void add_rows", "if (part == 0 && c < C)", "if (part == 0)", "backward")
+mutant(
+    "channels that are not there",
+    "backward.cu",
+    "void add_rows",
+    "if (part == 0 && c < C)",
+    "if (part == 0)",
+    "backward",
+)
 
 mutant("bfloat16 is cut off", "types.cuh", "float_to_bfloat", "u + 0x7fffu + ((u >> 16) & 1u)", "u", "bfloat16")
-mutant("float16 bits are shifted too far", "types.cuh", "bfloat_to_float", "(unsigned)b << 16", "(unsigned)b << 15", "bfloat16")
-mutant("subnormals are flushed", "types.cuh", "double widen(float f)", "if (magnitude >= 0x00800000u)", "if (true)", "subnormals")
-mutant("weights of the wrong dtype", "types.cuh", "double load_any", "case FLOAT32: return widen(((const float*)p)[i]);", "case FLOAT32: return ((const double*)p)[i];", "first")
+mutant(
+    "float16 bits are shifted too far",
+    "types.cuh",
+    "bfloat_to_float",
+    "(unsigned)b << 16",
+    "(unsigned)b << 15",
+    "bfloat16",
+)
+mutant(
+    "subnormals are flushed",
+    "types.cuh",
+    "double widen(float f)",
+    "if (magnitude >= 0x00800000u)",
+    "if (true)",
+    "subnormals",
+)
+mutant(
+    "weights of the wrong dtype",
+    "types.cuh",
+    "double load_any",
+    "case FLOAT32: return widen(((const float*)p)[i]);",
+    "case FLOAT32: return ((const double*)p)[i];",
+    "first",
+)
 mutant("the sigmoid overflows", "activation.cuh", "real sigmoid(", "exponential(-fabs(t))", "exponential(-t)", "silu")
 
 

@@ -11,6 +11,7 @@ import os
 import selectors
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -62,7 +63,7 @@ def killer_of(mutant: Mutant, checks: Mapping[str, Callable[[], None]]) -> Verdi
         except SimtFault as fault:
             return Verdict(mutant.name, name, fault.faults[0].kind, time.monotonic() - start)
         except BuildError:
-            raise   # a mutant that is no C++ proves nothing
+            raise  # a mutant that is no C++ proves nothing
         except Exception as error:
             return Verdict(mutant.name, name, f"{type(error).__name__}: {str(error)[:60]}", time.monotonic() - start)
     return Verdict(mutant.name, "", "", time.monotonic() - start)
@@ -73,6 +74,7 @@ def run(
     names: Sequence[str],
     processes: int | None = None,
     progress: Callable[[Verdict], object] = lambda verdict: None,
+    environment: Mapping[str, str] | None = None,
 ) -> list[Verdict]:
     """Verdicts on `names`. Each process runs ``command name name ...`` and writes one JSON line for each of them."""
     waiting = list(names)
@@ -86,7 +88,7 @@ def run(
     with selectors.DefaultSelector() as selector:
 
         def start(share: list[str]) -> None:
-            child = _Child(command, share)
+            child = _Child(command, share, environment)
             children[child.output.fileno()] = child
             selector.register(child.output, selectors.EVENT_READ)
 
@@ -105,10 +107,13 @@ def run(
                 # the end: all done, or it died of the mutant at hand
                 selector.unregister(child.output)
                 del children[key.fd]
-                code = child.process.wait()
+                code, errors = child.close()
                 if child.share:
-                    if child.broken(code):
-                        raise RuntimeError(child.errors())
+                    if code > 0:  # an exception, no signal: the checks are wrong, not the mutant
+                        for other in children.values():
+                            other.process.kill()
+                            other.close()
+                        raise RuntimeError(errors)
                     name = child.share.pop(0)
                     record(Verdict(name, "process", f"ended with {code}", time.monotonic() - child.since))
                     if child.share:
@@ -122,11 +127,13 @@ def run(
 class _Child:
     """A process at work on its share of the mutants."""
 
-    def __init__(self, command: Sequence[str], share: list[str]) -> None:
+    def __init__(self, command: Sequence[str], share: list[str], environment: Mapping[str, str] | None) -> None:
         self.share = list(share)
         self.since = time.monotonic()
+        # no pipe: one that nobody reads fills up; closed by close()
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [*command, *share], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+            [*command, *share], stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment
         )
         assert self.process.stdout is not None
         self.output = self.process.stdout
@@ -136,14 +143,14 @@ class _Child:
         self.share.remove(name)
         self.since = time.monotonic()
 
-    def broken(self, code: int) -> bool:
-        """Whether it ended by a Python exception (no signal): then the checks are wrong, not the mutant."""
-        return code > 0
-
-    def errors(self) -> str:
-        """What it said."""
-        assert self.process.stderr is not None
-        return self.process.stderr.read()
+    def close(self) -> tuple[int, str]:
+        """Its status (negative: the signal that ended it), and what it complained of."""
+        code = self.process.wait()
+        self.output.close()
+        self._errors.seek(0)
+        errors = self._errors.read()
+        self._errors.close()
+        return code, errors
 
 
 def work(names: Sequence[str], mutants: Sequence[Mutant], verdict: Callable[[Mutant], Verdict]) -> None:
