@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -268,6 +267,8 @@ def test_errors_of_zarr_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files by setrlimit, as Linux does")
 def test_full_disk(tmp_path: Path, x: Any) -> None:
+    import resource
+
     np.save(tmp_path / "x.npy", x)
     command = [sys.executable, "-m", "cugn.files", "x.npy", "y.npy", "--groups", "4", "--quiet"]
     result = subprocess.run(
