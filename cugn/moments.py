@@ -28,7 +28,7 @@ class Moments(NamedTuple):
     Notes
     -----
     Merging is associative to rounding: with float64 means the variance of parts whose means agree to within k standard
-    deviations keeps a relative accuracy of about 1e-16 (1 + k^2).
+    deviations keeps a relative accuracy of about 1e-16 (1 + k^2 + k r), r being the mean in standard deviations.
 
     References
     ----------
