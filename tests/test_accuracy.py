@@ -191,7 +191,7 @@ def test_forward(row: str, dtype: str, library: Library) -> None:
             )
             what = f"{kind} norm, channels {'last' if last else 'first'}"
             check_y(_restored(y, library, last), expected, dtype, what)
-            # float64 statistics: 4 eps of what they are sums of, and one step below the normal range; where y is of fewer
+            # float64 statistics: 4 eps of what they are sums of, and one step below the normal range; where y has fewer
             # bits, the compiled engine adds up to 8 values in float32, which leaves them 1/2 u of float32 (y has 6)
             mean, rstd = library.numpy(mean), library.numpy(rstd)
             assert mean.dtype == rstd.dtype == np.float64

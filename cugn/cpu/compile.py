@@ -18,7 +18,7 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 
 
-class _LinkedLibrary(JITCodeLibrary):  # type: ignore[misc]
+class _LinkedLibrary(JITCodeLibrary):
     """Code to be linked into a kernel; never optimized or emitted by itself."""
 
     def _optimize_final_module(self) -> None:
@@ -59,7 +59,7 @@ class _KernelCompiler(Compiler):
         super().__init__(typingctx, targetctx, library, args, *rest)
 
 
-class _InnerCompiler(Compiler):  # type: ignore[misc]
+class _InnerCompiler(Compiler):
     def __init__(self, typingctx: Any, targetctx: Any, library: Any, args: Any, *rest: Any) -> None:
         library = _LinkedLibrary(targetctx.codegen(), "inner")
         super().__init__(typingctx, targetctx, library, args, *rest)

@@ -51,7 +51,7 @@ def vector_of(lane: ir.Type) -> ir.VectorType:
 
 
 @register_default(Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, dmm: Any, fe_type: Vector) -> None:
         super().__init__(dmm, fe_type, vector_of(_LLVM[fe_type.lane]))
 
@@ -72,7 +72,7 @@ def constant(lane: ir.Type, value: float) -> ir.Constant:
 
 def _binary(op: Any, float_method: str, int_method: str | None = None) -> None:
     @infer_global(op)
-    class _Template(AbstractTemplate):  # type: ignore[misc]
+    class _Template(AbstractTemplate):
         def generic(self, args: Any, kws: Any) -> Any:
             if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
                 return signature(args[0], *args)
