@@ -2,7 +2,6 @@
 
 from . import diagnostics
 from ._version import __version__
-from .cpu.threads import get_num_threads, set_num_threads
 from .family import (
     batch_norm,
     batch_norm_backward,
@@ -27,6 +26,7 @@ from .functional import (
 )
 from .moments import Moments
 from .results import BackwardSums, GroupNormDoubleGrads, GroupNormForward, GroupNormGrads
+from .threads import get_num_threads, set_num_threads
 
 __all__ = [
     "BackwardSums",

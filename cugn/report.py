@@ -16,9 +16,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from . import reference
+from . import reference, threads
 from ._version import __version__
-from .cpu import threads
 from .engines import resolve
 
 __all__ = ["report"]

@@ -12,6 +12,7 @@ import hashlib
 import os
 import pickle
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,6 @@ def save(name: str, result: Any) -> None:
     path = _path(name)
     if path is None:
         return
-    import tempfile
-
     from numba.core import serialize
 
     temporary = None

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from .. import threads
 from ..plan import Plan
 from . import cache as disk
-from . import geometry, threads
+from . import geometry
 
 Array = Any
 SMALL_GROUP = 32

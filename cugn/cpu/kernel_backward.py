@@ -241,18 +241,20 @@ def sums_phase(x: str, y: str, compute: str, activation: str | None, by_rows: bo
             own = scratch + word(geometry, w.BLOCKS_AT)
             each64 = 8 * ((cols + LANES - 1) // LANES * LANES + LANES)
             expand(geometry, bundle0, channel0, channels, records, scratch, own, each64)
+            zero = splat(0.0)
+            for k in range(2, 2 + 2 * SUMS):
+                for j in range(0, cols, LANES):
+                    _store64(own + k * each64 + 8 * j, zero)
             coefficients = scratch + word(geometry, w.COEFFICIENTS_AT)
             each = word(geometry, w.COEFFICIENT_BYTES)
             columns(pv, v_step, px, x_step, rows, cols, own, each64, coefficients, each)
-            for k in range(SUMS if double else SUMS - 1):
+            for k in range(SUMS):
                 sums = own + (2 + k) * each64
                 lost = sums + SUMS * each64
                 for c in range(channels):
                     total = 0.0
                     for j in range(c * length, (c + 1) * length):
-                        total += load_f64(sums, j)
-                        if double:
-                            total += load_f64(lost, j)
+                        total += load_f64(sums, j) + load_f64(lost, j)
                     store_f64(out + k * padded, c, total)
         else:
             weight = scratch + word(geometry, w.WEIGHT_AT)

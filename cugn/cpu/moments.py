@@ -18,7 +18,6 @@ from typing import Any
 
 from .compile import inner
 from .convert import loader, storer
-from .moments_fast import fast_kernels
 from .simd import (
     LANES,
     first_lanes,
@@ -117,7 +116,6 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
     double = compute == "float64"
     block = BLOCK[compute]
     step = LANES * itemsize
-    fast_block, fast_columns = fast_kernels(dtype, itemsize)
 
     @inner
     def mean_estimate(p: int, rows: int, row_bytes: int, cols: int, scale: float) -> float:
@@ -146,8 +144,6 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
         if double:
             shift = mean_estimate(p, rows, row_bytes, cols, scale)
         else:
-            if fast_block(p, rows, row_bytes, cols, out):
-                return
             shift = reduce_add(widen(load_part(p, 1)))
         factor = splat(scale)
         minus = splat(-shift)
@@ -253,7 +249,9 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
         return widen(load_part(p, left))
 
     @inner
-    def slow_columns(p: int, rows: int, row_bytes: int, cols: int, scale: float, scratch: int) -> None:
+    def columns(p: int, rows: int, row_bytes: int, cols: int, scale: float, scratch: int, width: int, out: int) -> None:
+        # scratch: three float64 arrays of `padded` columns (five in float64); a segment is `width` columns and
+        # gets one partial at out
         padded = (cols + LANES - 1) // LANES * LANES
         shifts = scratch
         sums = shifts + 8 * padded
@@ -323,17 +321,6 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
             _store64(shifts + 8 * j, high)
             _store64(sums + 8 * j, low)
             _store64(squares + 8 * j, vector_max(square - s * offset, zero))
-
-    @inner
-    def columns(p: int, rows: int, row_bytes: int, cols: int, scale: float, scratch: int, width: int, out: int) -> None:
-        # scratch: three float64 arrays of `padded` columns (five in float64); a segment is `width` columns and
-        # gets one partial at out
-        padded = (cols + LANES - 1) // LANES * LANES
-        shifts = scratch
-        sums = shifts + 8 * padded
-        squares = sums + 8 * padded
-        if double or not fast_columns(p, rows, row_bytes, cols, scratch):
-            slow_columns(p, rows, row_bytes, cols, scale, scratch)
         for first in range(0, cols, width):
             segment_partial(shifts + 8 * first, sums + 8 * first, squares + 8 * first, width, float(rows), out)
             out += PARTIAL_BYTES

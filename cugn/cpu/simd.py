@@ -245,22 +245,6 @@ less_equal = _compare("<=")
 
 
 @intrinsic
-def all_lanes(typingctx: Any, mask: Any) -> Any:
-    """Whether the mask is true in every lane."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return call_intrinsic(builder, f"llvm.vector.reduce.and.v{LANES}i1", ir.IntType(1), args)
-
-    return types.boolean(MASK), codegen
-
-
-@intrinsic
-def either(typingctx: Any, a: Any, b: Any) -> Any:
-    """Lanes that are true in one of the masks."""
-    return MASK(MASK, MASK), lambda context, builder, sig, args: builder.or_(*args)
-
-
-@intrinsic
 def both(typingctx: Any, a: Any, b: Any) -> Any:
     """Lanes that are true in both masks."""
     return MASK(MASK, MASK), lambda context, builder, sig, args: builder.and_(*args)

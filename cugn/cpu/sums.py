@@ -17,8 +17,7 @@ from .compile import inner
 from .convert import loader, storer
 from .moments import add_to
 from .simd import LANES, first_lanes, fma, load_f64, reduce_add, rounding, select, splat, store_f64, widen
-from .sums_fast import fast_sum_kernels
-from .words import MINUS_HIGH, MINUS_LOW, POWER, SUMS
+from .words import MINUS_HIGH, MINUS_LOW, POWER
 
 _ROWS = 4
 _STEPS = 8  # additions of float64 lanes before the rounding of their sum is kept
@@ -37,15 +36,12 @@ def sum_kernels(v: str, x: str, compute: str, activation: str | None, v_size: in
     double = compute == "float64"
     active = activation is not None
     c_size = 8 if double else 4
-    fast_run, fast_columns = fast_sum_kernels(v, x, activation, v_size, x_size)
 
     @inner
     def run(
         pv: int, v_step: int, px: int, x_step: int, rows: int, count: int,
         record: int, scale: float, shift: float, out: int, stride: int,
     ) -> None:  # fmt: skip
-        if not double and fast_run(pv, v_step, px, x_step, rows, count, record, scale, shift, out, stride):
-            return
         power64 = load_f64(record, POWER)
         power = splat(power64)
         minus = splat(load_f64(record, MINUS_HIGH) + load_f64(record, MINUS_LOW))
@@ -197,14 +193,6 @@ def sum_kernels(v: str, x: str, compute: str, activation: str | None, v_size: in
         pv: int, v_step: int, px: int, x_step: int, rows: int, cols: int, own: int, each64: int, coefficients: int,
         each: int,
     ) -> None:  # fmt: skip
-        if not double and fast_columns(
-            pv, v_step, px, x_step, rows, cols, own + 2 * each64, each64, coefficients, each
-        ):
-            return
-        zero = splat(0.0)
-        for k in range(2, 2 + 2 * SUMS):
-            for j in range(0, cols, LANES):
-                _store64(own + k * each64 + 8 * j, zero)
         done = 0
         while done + _ROWS <= rows:
             some_columns(
