@@ -174,7 +174,19 @@ def test_every_public_name_has_its_place_in_the_api():
         module = pytest.importorskip(name, reason=f"{name} cannot be imported here")
         assert names == set(module.__all__), name
     modules = {f"cugn.{path.stem}" for path in Path(cugn.__file__).parent.glob("*.py") if path.stem[0] != "_"}
-    inner = {"activations", "dask", "engines", "family", "functional", "layout", "moments", "overlap", "parts", "plan"}
+    inner = {
+        "activations",
+        "dask",
+        "engines",
+        "family",
+        "functional",
+        "layout",
+        "moments",
+        "overlap",
+        "parts",
+        "plan",
+        "threads",
+    }
     assert modules - set(listed) == {f"cugn.{name}" for name in inner | {"reference", "report", "results"}}
 
 
