@@ -192,7 +192,7 @@ class NpyTarget:
             np.lib.format.write_array_header_1_0(self.file, {**header, "shape": source.shape})
             self.file.flush()
             self.layout = _Layout(self.part, source, dtype, self.file.tell())
-            # A full disk shows now and not after an hour. Room is not reserved: fallocate made writing slower when tried.
+            # A full disk shows now and not after an hour. Room is not reserved: fallocate made writing slower.
             if self.nbytes > shutil.disk_usage(self.path.parent).free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
