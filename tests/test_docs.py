@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib
 import importlib.util
 import io
 import re
@@ -63,7 +64,13 @@ def missing_modules(source: str) -> list[str]:
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module.partition(".")[0])
-    return [name for name in sorted(names) if importlib.util.find_spec(name) is None]
+    missing = [name for name in sorted(names) if importlib.util.find_spec(name) is None]
+    if "mpi4py" in names - set(missing):
+        try:
+            importlib.import_module("mpi4py.MPI")
+        except (ImportError, RuntimeError):  # installed, but without a library of MPI that it finds
+            missing.append("an MPI library")
+    return missing
 
 
 @pytest.fixture
