@@ -59,9 +59,9 @@ for (name, values), (marker, colour, offset) in zip(rows.items(), styles, strict
     ax.vlines(position + offset, floor, np.maximum(values, floor), color=colour, lw=1.5)
     ax.plot(position + offset, np.maximum(values, floor), marker, color=colour, label=name)
 ax.axhspan(floor / 3, 1e-14, color="#eeeeee", zorder=0)
-ax.text(-0.4, 3e-14, "rounding; on the ground: exactly 0", va="bottom", fontsize=9, color="#555555")
+ax.text(-0.3, 3e-14, "rounding; on the ground: exactly 0", va="bottom", fontsize=9, color="#555555")
 ax.set_yscale("log")
-ax.set_ylim(floor / 3, 100)
+ax.set_ylim(floor / 3, 1e9)  # room for the legend
 ax.set_xticks(position, list(permutations))
 ax.set_ylabel("largest change of y")
 ax.legend(fontsize=9, loc="upper left", ncols=1)
