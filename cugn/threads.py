@@ -1,9 +1,9 @@
 """A private pool of threads that help with one native call at a time, and never have to.
 
-The caller posts a job, then does the job itself; helpers that wake in time take some of its tickets
-(`schedule.py`). So there is nothing to wait for when a helper is late, missing (a child after fork, interpreter
-shutdown), or busy with another caller: concurrent and nested callers, Dask's threads and processes made by fork or
-spawn need no special case.
+The caller offers its call, then does the work itself; helpers that come in time take some of its tickets
+(`cpu/helpers.py`, `cpu/schedule.py`). So there is nothing to wait for when a helper is late,
+missing (a child after fork, interpreter shutdown), or busy with another caller: concurrent and nested callers, Dask's
+threads and processes made by fork or spawn need no special case.
 """
 
 from __future__ import annotations
@@ -11,51 +11,58 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from queue import SimpleQueue
-from typing import Any
 
-__all__ = ["count", "get_num_threads", "run", "set_num_threads"]
+import numpy as np
 
+__all__ = ["ALONE", "CALLER", "count", "get_num_threads", "run", "set_num_threads"]
 
-class _Job:
-    """A native call to be joined; holds every array that it reads or writes until the last helper has left it."""
-
-    __slots__ = ("call",)
-
-    def __init__(self, entry: Callable[..., int], arguments: tuple[int, ...], arrays: tuple[Any, ...]) -> None:
-        self.call: tuple[Callable[..., int], tuple[int, ...], tuple[Any, ...]] | None = (entry, arguments, arrays)
+ALONE, CALLER = -1, 0
+"""What a thread is to a native call, its first argument: the caller, without helpers or with them; those are numbered
+from 1.
+"""
 
 
 class _Pool:
-    """Daemon threads that wait for jobs. Made anew in a child process, which has none of its parent's threads."""
+    """Daemon threads that help. Made anew in a child process, which has none of its parent's threads."""
 
     def __init__(self) -> None:
-        self.jobs: SimpleQueue[_Job] = SimpleQueue()
+        self.memory = np.zeros(64, np.int64)
+        """What native calls and awake helpers share (`cpu/words.py`), and whole cache lines within it."""
+        self.address = (self.memory.__array_interface__["data"][0] + 63) // 64 * 64
         self.size = 0
         self.lock = threading.Lock()
+        self.asleep: dict[int, threading.Lock] = {}
 
     def grow(self, size: int) -> None:
         """Have at least `size` helpers, as far as the system allows."""
+        from .cpu.helpers import watching
+
+        watch = watching()
         with self.lock:
             while self.size < size:
-                helper = threading.Thread(target=_help, args=(self.jobs,), name="cugn", daemon=True)
+                helper = threading.Thread(target=_help, args=(self, watch, self.size + 1), name="cugn", daemon=True)
                 try:
                     helper.start()
                 except RuntimeError:  # no more threads here, or the interpreter is on its way out
                     return
                 self.size += 1
 
+    def wake(self, count: int) -> None:
+        """Wake those of the first `count` helpers that are asleep."""
+        for number in range(1, count + 1):
+            bed = self.asleep.pop(number, None)
+            if bed is not None:
+                bed.release()
 
-def _help(jobs: SimpleQueue[_Job]) -> None:
-    """Join one job after another."""
+
+def _help(pool: _Pool, watch: Callable[[int, int], int], number: int) -> None:
+    """Watch for calls to help with; sleep when there have been none for a while."""
+    bed = threading.Lock()
+    bed.acquire()
     while True:
-        job = jobs.get()
-        call = job.call
-        del job
-        if call is not None:
-            call[0](*call[1], 0)
-        # an idle helper must not keep the arrays of its last job alive
-        del call
+        watch(pool.address, number)
+        pool.asleep[number] = bed
+        bed.acquire()
 
 
 _pool = _Pool()
@@ -135,21 +142,11 @@ def set_num_threads(threads: int) -> None:
     count = threads
 
 
-def run(entry: Callable[..., int], arguments: tuple[int, ...], arrays: tuple[Any, ...], threads: int) -> None:
+def run(entry: Callable[..., int], arguments: tuple[int, ...], threads: int) -> None:
     """Call a kernel with the help of up to threads - 1 others; returns when all of its work is done."""
     pool = _pool
     if pool.size < threads - 1:
         pool.grow(threads - 1)
-    job = _Job(entry, arguments, arrays)
-    finished = False
-    try:
-        for _ in range(threads - 1):
-            pool.jobs.put(job)
-        entry(*arguments, 1)
-        finished = True
-    finally:
-        # an interrupt between these lines leaves helpers at work: join them, so that nothing is written after the
-        # return
-        if not finished:
-            entry(*arguments, 1)
-        job.call = None
+    if pool.asleep:
+        pool.wake(threads - 1)
+    entry(CALLER, pool.address, *arguments)

@@ -53,7 +53,8 @@ def _environment() -> bytes:
     from llvmlite import binding
 
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    sources = Path(__file__).parent
+    for source in [*sorted(sources.glob("*.py")), sources.parent / "threads.py"]:
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     facts = (
         numba.__version__,
@@ -77,7 +78,7 @@ def _path(name: str) -> Path | None:
 
 
 def load(name: str) -> Any:
-    """The kernel of this name as a callable of ints, or None."""
+    """Numba's result of compiling the kernel of this name, or None."""
     path = _path(name)
     if path is None:
         return None
@@ -92,14 +93,14 @@ def load(name: str) -> Any:
         result = compiler.CompileResult._rebuild(cpu_target.target_context, *pickle.loads(payload))
     except Exception:  # an entry that cannot be used, whatever the reason, is one that is not there
         return None
-    return result.entry_point
+    return result
 
 
-def save(name: str, result: Any) -> None:
-    """Keep a compiled kernel; silently not, where that cannot be done."""
+def save(name: str, result: Any) -> bool:
+    """Keep a compiled kernel; silently not, where that cannot be done. Whether it was."""
     path = _path(name)
     if path is None:
-        return
+        return False
     from numba.core import serialize
 
     temporary = None
@@ -109,6 +110,8 @@ def save(name: str, result: Any) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(hashlib.sha256(payload).digest() + payload)
         Path(temporary).replace(path)  # whole or not at all, for every other process
+        return True
     except Exception:  # a full disk, a folder that went away, a Numba without this inner function: no entry
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+        return False

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,8 +14,11 @@ from .. import threads
 from ..plan import Plan
 from . import cache as disk
 from . import geometry
+from .program import GATES, Kind
 
 Array = Any
+SPARE_BYTES = 64 << 10
+LOADING_BYTES, COMPILING_BYTES = 16 << 20, 256 << 20
 SMALL_GROUP = 32
 """Elements of a group up to which the backward computes in float64: dx of two elements is what is left when dy
 cancels.
@@ -25,29 +29,80 @@ class _Ready(NamedTuple):
     """What a plan's calls of one operation share."""
 
     setting: int
+    """Number of threads that it was prepared for."""
     entry: Callable[..., int]
+    function: int
+    """Address of the kernel's native entry, for helpers."""
     address: int
     work_bytes: int
-    header_bytes: int
     threads: int
     plain: bool
     """Vectors over the channels can be read as they are."""
+    spare: list[Array]
+    """Memory of calls that are over, for calls on one thread: what they need is small, and allocating it 0.3 us."""
     kept: Any
 
 
 @cache
-def _kernel(operation: str, *options: Any) -> Callable[..., int]:
-    """The kernel of an operation for these dtypes and this kind of layout: from disk, else compiled and kept there."""
-    name = repr((operation, *options))
-    entry = disk.load(name)
-    if entry is None:
+def _kernel(operation: str, *options: Any) -> tuple[Callable[..., int], int]:
+    """The kernel of an operation for these dtypes and this kind of layout."""
+
+    def build() -> Any:
+        from .helpers import entry_of
+
+        return entry_of(import_module(f".kernel_{operation}", __package__).kernel(*options))
+
+    return loaded(repr((operation, *options)), build)
+
+
+def loaded(name: str, build: Callable[[], Any]) -> tuple[Callable[..., int], int]:
+    """A native function, for Python and by its address: from disk, else compiled and kept there.
+
+    The main thread leaves that to another one and waits: Ctrl-C would break off an import of Numba, of which Python
+    keeps parts that cannot be imported again.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return _obtain(name, build)
+    results: list[tuple[Callable[..., int], int]] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            results.append(_obtain(name, build))
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, name="cugn compiles")
+    try:
+        thread.start()
+    except RuntimeError:  # no more threads here
+        return _obtain(name, build)
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _obtain(name: str, build: Callable[[], Any]) -> tuple[Callable[..., int], int]:
+    _ask_for(LOADING_BYTES)
+    result = disk.load(name)
+    if result is None:
         from .compile import compiled
 
-        module = import_module(f".kernel_{operation}", __package__)
-        result = compiled(module.kernel(*options), name)
-        disk.save(name, result)
-        entry = result.entry_point
-    return cast("Callable[..., int]", entry)
+        _ask_for(COMPILING_BYTES)
+        result = compiled(build(), name)
+        if disk.save(name, result):
+            # what Numba builds a kernel from is ten times its size: kept no longer than that takes
+            result = disk.load(name) or result
+    return result.entry_point, result.library.get_pointer_to_function(result.fndesc.llvm_func_name)
+
+
+def _ask_for(size: int) -> None:
+    """Raise MemoryError where LLVM, which ends the process if it gets no memory, might not get enough."""
+    try:
+        np.empty(size, np.uint8)
+    except MemoryError:
+        raise MemoryError(f"a kernel needs up to {size >> 20} MB to be made, which this process cannot get") from None
 
 
 def _empty_result(plan: Plan, x: Array) -> Array:
@@ -57,13 +112,11 @@ def _empty_result(plan: Plan, x: Array) -> Array:
     return np.empty_like(x, dtype=plan.y_dtype)
 
 
-def _work(ready: _Ready) -> Array:
-    """Memory of a call, its header zero."""
-    if ready.work_bytes <= 8192:
-        return np.zeros(ready.work_bytes, np.uint8)
-    work = np.empty(ready.work_bytes, np.uint8)
-    work[: ready.header_bytes] = 0
-    return work
+def _memory(size: int) -> Array:
+    """Memory of a call: whole cache lines, so that no vector lies in two."""
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.__array_interface__["data"][0] % 64
+    return memory[start : start + size]
 
 
 def _plain(vector: Array) -> bool:
@@ -82,21 +135,45 @@ def _kind(vector: Array, otherwise: str) -> int:
     return int((otherwise if vector is None else vector.dtype.name) == "float64")
 
 
-def _id(array: Array) -> int:
-    return 0 if array is None else id(array)
+def _ready(entry: tuple[Callable[..., int], int], shape: geometry.Geometry, weight: Array, bias: Array) -> _Ready:
+    plain = _plain(weight) and _plain(bias)
+    return _Ready(threads.count, *entry, shape.address, shape.work_bytes, shape.threads, plain, [], shape)
 
 
-def _prepare_forward(plan: Plan, x: Array, weight: Array, bias: Array, out: Array) -> _Ready:
+def enter(ready: _Ready, *arguments: int) -> None:
+    """Call the kernel, with arrays by their ids; each kernel's last argument but its role is memory to work in."""
+    _, entry, function, address, work_bytes, count, _, spare, _ = ready
+    try:
+        work = spare.pop()
+    except IndexError:  # asking first would not do: another thread may take the last one in between
+        work = _memory(work_bytes)
+    if count == 1:
+        entry(threads.ALONE, 0, function, address, *arguments, id(work))
+    else:
+        threads.run(entry, (function, address, *arguments, id(work)), count)
+    if work_bytes <= SPARE_BYTES:
+        spare.append(work)
+
+
+def _smallest(plan: Plan) -> int:
+    """Elements of the smallest group."""
+    return int(np.diff(plan.group_bounds).min()) * plan.S
+
+
+def _kind_of_work(plan: Plan, shape: geometry.Geometry, compute: str) -> Kind:
+    """What a plan's kernel is compiled for."""
+    labelled = plan.labels is not None
+    kinds = (plan.x_dtype, plan.y_dtype, compute, plan.activation, shape.by_rows, shape.strided, labelled, plan.masked)
+    return Kind(*kinds)
+
+
+def _prepare_forward(plan: Plan, x: Array, weight: Array, bias: Array, where: Array, out: Array) -> _Ready:
     compute = "float64" if plan.y_dtype == "float64" else "float32"
     shape = geometry.of(
-        plan, [x, out], threads.count, compute=compute, phases=2,
+        plan, [x, out], threads.count, compute=compute, where=where, phases=2,
         weight_kind=_kind(weight, plan.y_dtype), bias_kind=_kind(bias, plan.y_dtype),
     )  # fmt: skip
-    entry = _kernel("forward", plan.x_dtype, plan.y_dtype, compute, plan.activation, shape.by_rows, shape.strided)
-    plain = _plain(weight) and _plain(bias)
-    return _Ready(
-        threads.count, entry, shape.address, shape.work_bytes, shape.header_bytes, shape.threads, plain, shape
-    )
+    return _ready(_kernel("forward", _kind_of_work(plan, shape, compute)), shape, weight, bias)
 
 
 def forward(plan: Plan, x: Array, weight: Array, bias: Array, where: Array, out: Array) -> tuple[Array, Array, Array]:
@@ -104,42 +181,51 @@ def forward(plan: Plan, x: Array, weight: Array, bias: Array, where: Array, out:
     if out is None:
         out = _empty_result(plan, x)
     ready: _Ready | None = plan.__dict__.get("cpu_forward")
-    if ready is None or ready.setting != threads.count:
-        ready = plan.__dict__["cpu_forward"] = _prepare_forward(plan, x, weight, bias, out)
+    if ready is None or ready[0] != threads.count:
+        ready = plan.__dict__["cpu_forward"] = _prepare_forward(plan, x, weight, bias, where, out)
     if not ready.plain:
         weight, bias = _vector(weight), _vector(bias)
     mean = np.empty(plan.stats_shape)
     rstd = np.empty(plan.stats_shape)
-    work = _work(ready)
-    arguments = (
-        ready.address, id(x), id(out), 0 if weight is None else id(weight), 0 if bias is None else id(bias),
-        id(mean), id(rstd), id(work),
-    )  # fmt: skip
-    if ready.threads == 1:
-        ready.entry(*arguments, 1)
-    else:
-        arrays = (x, out, weight, bias, mean, rstd, work, ready)
-        threads.run(ready.entry, arguments, arrays, ready.threads)
+    w = 0 if weight is None else id(weight)
+    b = 0 if bias is None else id(bias)
+    enter(ready, id(x), id(out), w, b, id(mean), id(rstd), 0 if where is None else id(where))
     return out, mean, rstd
 
 
-def _prepare_backward(plan: Plan, dy: Array, x: Array, weight: Array, bias: Array, phases: int, out: Array) -> _Ready:
-    elements = plan.C // plan.G * plan.S
-    compute = "float64" if plan.y_dtype == "float64" or elements <= SMALL_GROUP else "float32"
+def _prepare_backward(
+    plan: Plan, dy: Array, x: Array, weight: Array, bias: Array, where: Array, phases: int, out: Array
+) -> _Ready:
+    # dweight and dbias in float64 are sums in float64
+    wide = "float64" in (plan.y_dtype, plan.weight_dtype) or _smallest(plan) <= SMALL_GROUP
+    compute = "float64" if wide else "float32"
     shape = geometry.of(
-        plan, [x, dy, out], threads.count, compute=compute, phases=phases, sums=geometry.SUMS, gradients=2,
+        plan, [x, dy, out], threads.count, compute=compute, where=where, phases=phases,
+        sums=geometry.SUMS + plan.masked, gradients=2,
         weight_kind=_kind(weight, plan.y_dtype), bias_kind=_kind(bias, plan.y_dtype),
     )  # fmt: skip
-    entry = _kernel("backward", plan.x_dtype, plan.y_dtype, compute, plan.activation, shape.by_rows, shape.strided)
-    plain = _plain(weight) and _plain(bias)
-    return _Ready(
-        threads.count, entry, shape.address, shape.work_bytes, shape.header_bytes, shape.threads, plain, shape
-    )
+    kind = _kind_of_work(plan, shape, compute)._replace(table=shape.table)
+    return _ready(_kernel("backward", kind), shape, weight, bias)
 
 
 def _statistics(plan: Plan, values: Array) -> Array:
     """Statistics that the caller gave, one by one, as float64."""
     return np.ascontiguousarray(np.broadcast_to(values, plan.stats_shape), np.float64)
+
+
+def _own(plan: Plan, x: Array, mean: Array, rstd: Array, where: Array) -> bool:
+    """Whether statistics that the caller gave are x's, so that the kernel may take them itself.
+
+    In float64 the slope of a gate needs a mean of more digits than one float64 has: at mean/std 1e4, dx would be off by
+    six times its bound.
+    """
+    from .parts import moments
+
+    with np.errstate(all="ignore"):
+        count, own, m2 = moments(plan, x, where)
+        scale = 1 / np.sqrt(m2 / count + plan.eps)
+        near = np.abs(own - mean) * scale <= 1e-9 * (1 + np.abs(own) * scale)
+        return bool((near & (np.abs(scale - rstd) <= 1e-9 * scale)).all())
 
 
 def backward(
@@ -148,32 +234,28 @@ def backward(
     """Gradients with respect to x, weight and bias."""
     if out is None:
         out = _empty_result(plan, x)
+    if mean is not None and plan.y_dtype == "float64" and plan.activation in GATES and _own(plan, x, mean, rstd, where):
+        mean = rstd = None
     first = 0 if mean is None else 1
     name = "cpu_backward" if mean is None else "cpu_backward_given"
     ready: _Ready | None = plan.__dict__.get(name)
-    if ready is None or ready.setting != threads.count:
-        ready = plan.__dict__[name] = _prepare_backward(plan, dy, x, weight, bias, 3 - first, out)
-    if not ready.plain:
-        weight, bias = _vector(weight), _vector(bias)
+    if ready is None or ready[0] != threads.count:
+        ready = plan.__dict__[name] = _prepare_backward(plan, dy, x, weight, bias, where, 3 - first, out)
     if mean is None:
         mean = np.empty(plan.stats_shape)
         rstd = np.empty(plan.stats_shape)
     elif not (mean.shape == rstd.shape == plan.stats_shape and mean.dtype.char == rstd.dtype.char == "d"
               and mean.flags.c_contiguous and rstd.flags.c_contiguous):  # fmt: skip
         mean, rstd = _statistics(plan, mean), _statistics(plan, rstd)
-    double = plan.weight_dtype == "float64"
-    dweight = np.empty(plan.C, np.float64 if double else np.float32)
-    dbias = np.empty(plan.C, np.float64 if double else np.float32)
-    work = _work(ready)
-    arguments = (
-        ready.address, id(x), id(dy), id(out), 0 if weight is None else id(weight), 0 if bias is None else id(bias),
-        id(mean), id(rstd), id(dweight), id(dbias), id(work), first,
-    )  # fmt: skip
-    if ready.threads == 1:
-        ready.entry(*arguments, 1)
-    else:
-        arrays = (x, dy, out, weight, bias, mean, rstd, dweight, dbias, work, ready)
-        threads.run(ready.entry, arguments, arrays, ready.threads)
+    if not ready.plain:
+        weight, bias = _vector(weight), _vector(bias)
+    dtype = np.float64 if plan.weight_dtype == "float64" else np.float32
+    dweight = np.empty(plan.C, dtype)
+    dbias = np.empty(plan.C, dtype)
+    w = 0 if weight is None else id(weight)
+    b = 0 if bias is None else id(bias)
+    mask = 0 if where is None else id(where)
+    enter(ready, id(x), id(dy), id(out), w, b, id(mean), id(rstd), id(dweight), id(dbias), mask, first)
     if plan.weight_dtype in ("float16", "bfloat16"):
         kind = _dtype(plan.weight_dtype)
         dweight, dbias = dweight.astype(kind), dbias.astype(kind)

@@ -7,6 +7,7 @@ first forward, not 9 s.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Callable
 from typing import Any
@@ -49,7 +50,13 @@ class _KernelLibrary(JITCodeLibrary):
         for function in self._final_module.functions:
             if not function.is_declaration and function.linkage == Linkage.linkonce_odr:
                 function.linkage = "internal"
-        super()._optimize_final_module()
+        try:
+            passes, builder = self.codegen._module_pass_manager(loop_vectorize=False, slp_vectorize=False)
+        except (AttributeError, TypeError, ValueError):  # another Numba's passes: right as well, and slower
+            super()._optimize_final_module()
+        else:
+            # the loops that matter are vectors already
+            passes.run(self._final_module, builder)
 
 
 class _KernelCompiler(Compiler):
@@ -82,6 +89,12 @@ def compiled(function: Callable[..., Any], name: str) -> Any:
     """
     function.__name__ = function.__qualname__ = "cugn_" + hashlib.sha256(name.encode()).hexdigest()[:16]
     signature = types.int64(*[types.int64] * function.__code__.co_argcount)
-    dispatcher = numba.njit(signature, **_OPTIONS, no_cfunc_wrapper=True, pipeline_class=_KernelCompiler)(function)
+    collecting = gc.isenabled()
+    gc.disable()  # nothing of what Numba builds can go before the end: 10 % of the time
+    try:
+        dispatcher = numba.njit(signature, **_OPTIONS, no_cfunc_wrapper=True, pipeline_class=_KernelCompiler)(function)
+    finally:
+        if collecting:
+            gc.enable()
     (result,) = dispatcher.overloads.values()
     return result

@@ -11,10 +11,12 @@ import os
 from functools import cache
 from typing import Any
 
+import numba
 from llvmlite import binding, ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from .compile import inner
 from .simd import (
     F32,
     F64,
@@ -23,8 +25,9 @@ from .simd import (
     call_intrinsic,
     constant,
     lanes_below,
+    narrow_scalar,
     pointer,
-    splat_value,
+    splat,
     suffix,
     vector_of,
 )
@@ -47,11 +50,13 @@ COMPUTE = {"float32": F32, "float64": F64}
 
 @cache
 def has_half() -> bool:
-    """Whether this CPU converts float16 itself."""
+    """Whether the CPU that is compiled for converts float16 itself; if not, the conversion would be a missing call."""
     if os.environ.get("CUGN_F16C", "1") == "0":
         return False
     if not binding.get_default_triple().startswith(("x86_64", "i686")):
         return binding.get_default_triple().startswith(("aarch64", "arm64"))
+    if numba.config.CPU_FEATURES is not None:  # NUMBA_CPU_FEATURES: code for another CPU than this one
+        return "+f16c" in numba.config.CPU_FEATURES.split(",")
     return bool(binding.get_host_cpu_features().get("f16c", False))
 
 
@@ -130,6 +135,19 @@ def _from_lanes(builder: Any, dtype: str, value: Any) -> Any:
     # by way of float32 from float64 to 16 bits: x86 has no direct instruction, and the second rounding adds 2^-14 ulp
     single = value if value.type == vector_of(_FLOAT) else builder.fptrunc(value, vector_of(_FLOAT))
     return {"float16": _float_to_half, "bfloat16": _float_to_bfloat}.get(dtype, lambda builder, v: v)(builder, single)
+
+
+@cache
+def to_compute(compute: str) -> Any:
+    """lanes(value): a float64 in all lanes of the compute dtype."""
+    if compute == "float64":
+        return splat
+
+    @inner
+    def lanes(value: float) -> Any:
+        return splat(narrow_scalar(value))
+
+    return lanes
 
 
 @cache
@@ -229,6 +247,3 @@ def mask_loader() -> tuple[Any, Any]:
         return MASK(types.int64, types.int64), codegen
 
     return load, load_part
-
-
-__all__ = ["COMPUTE", "has_half", "loader", "mask_loader", "splat_value", "storer"]

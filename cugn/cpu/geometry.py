@@ -15,6 +15,7 @@ Both add the same sums in the same order: the choice may go by N and by the numb
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,10 @@ ITEMSIZE = {
     "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8,
 }  # fmt: skip
 LANES = 16
+TABLE_CHANNELS = 1 << 14
+"""Channels up to which a sample of a table is done at once."""
+PART_BYTES = 256 << 10
+"""Bytes of the samples whose dweight and dbias are added up by one thread."""
 OWN_CACHE = 1 << 20
 """Bytes of a task that one thread keeps to itself: its L2 on the CPUs of today."""
 SHARED_CACHE = 8 << 20
@@ -49,10 +54,10 @@ class Geometry:
     words: np.ndarray[Any, np.dtype[np.int64]]
     address: int
     work_bytes: int
-    header_bytes: int
     threads: int
     by_rows: bool
     strided: bool
+    table: bool
     axes: tuple[np.ndarray[Any, np.dtype[np.int64]], ...]
     """Memory that the words point to."""
 
@@ -63,12 +68,15 @@ def of(
     threads: int,
     *,
     compute: str,
+    where: Any = None,
     phases: int,
     sums: int = 0,
     gradients: int = 0,
     weight_kind: int = 0,
     bias_kind: int = 0,
     writes: int = 1,
+    vectors: int = 2,
+    coefficients: int = 8,
 ) -> Geometry:
     """Geometry of a call.
 
@@ -76,6 +84,8 @@ def of(
     ----------
     arrays : list of numpy.ndarray
         All arrays of x's shape that the kernel reads or writes, x first.
+    where : numpy.ndarray, optional
+        The mask, as the caller gave it.
     phases : int
         Phases of the kernel, for the number of tickets.
     sums : int
@@ -84,6 +94,10 @@ def of(
         Sums over the samples that are kept for each channel.
     writes : int
         How many of the arrays, the last ones, are written.
+    vectors : int
+        Vectors over the channels that a participant holds as float64: weight, bias and their tangents.
+    coefficients : int
+        Coefficients that are expanded element by element.
     """
     layout = Layout.of(
         plan.shape,
@@ -110,12 +124,15 @@ def of(
         together, bundles = (G, 1) if labelled else (1, G)
     width = C // bundles
     segments = C if labelled else together
-    by_columns = by_rows and outer >= 8 and (width // segments) * inner < 1024
+    # one row a sample, and few enough elements that the whole sample is in L1 or nearly
+    table = outer == inner == 1 and dense and not labelled and where is None and C <= TABLE_CHANNELS
+    by_columns = by_rows and (outer >= 8 or labelled) and (width // segments) * inner < 1024
 
     # chunks: about 1/32 of a task, 8192 to 65536 elements
     elements = outer * width * inner
     most = 65536 if dense else 16384
-    target = min(max(1 << max(elements // 32, 1).bit_length(), 8192), most)
+    # rows: coefficients and sums of each column are made once for a chunk, so it is as large as it may be
+    target = most // 2 if by_rows else min(max(1 << max(elements // 32, 1).bit_length(), 8192), most)
     if inner > target and not by_rows:
         rows, channels, part = 1, 1, target
     else:
@@ -128,11 +145,15 @@ def of(
             rows = max(target // (width * inner), 1)
             if by_columns:
                 # sums of each column are kept for each chunk: enough rows that they are < 1 % of x, but not so
-                # many that
-                # float64 loses bits by adding one after another (12u over 6000 rows)
+                # many that float64 loses bits by adding one after another (12u over 6000 rows)
                 limit = 512 if compute == "float64" else 2048
                 rows = min(max(rows, min(outer // 16, limit)), limit)
             rows = min(rows, outer)
+            if by_rows and rows < outer:
+                # chunks of one size, and a multiple of four of them: no thread waits for another's last one
+                rows = -(-outer // (-(-outer // rows) + 3 & ~3))
+    if table:
+        channels = width
     row_chunks, channel_chunks, parts = -(-outer // rows), -(-width // channels), -(-inner // part)
     chunks = row_chunks * channel_chunks * parts
     layers = row_chunks * parts
@@ -148,7 +169,9 @@ def of(
     if gradients:
         limit = max(N * plan.S * itemsize // 100, (8 << 20) // max(C, 1)) // (16 * gradients)
         part_samples = max(part_samples, -(-N // max(limit, 1)))
-    split = read_bytes > OWN_CACHE or (threads > 1 and tasks < 8 * threads)
+        # parts cost memory and merging: each for a good piece of work, where there is one
+        part_samples = max(part_samples, min(-(-PART_BYTES // (task_bytes * bundles)), -(-N // 8)))
+    split = not table and (read_bytes > OWN_CACHE or (threads > 1 and tasks < 8 * threads))
     ticket_samples, ticket_bundles = 1, bundles
     if gradients:
         ticket_samples = part_samples
@@ -166,6 +189,8 @@ def of(
     # memory
     records = together * w.RECORD_BYTES
     partials = chunks * w.PARTIAL_BYTES if segments == 1 else layers * segments * w.PARTIAL_BYTES
+    if labelled:
+        partials = layers * w.PARTIAL_BYTES * _padded(C)
     partials_at = records
     sums_at = partials_at + partials
     totals_at = sums_at + 8 * sums * layers * _padded(width)
@@ -173,21 +198,25 @@ def of(
     columns = _padded(channels * part)
     weight_at = w.CALL_BYTES
     bias_at = weight_at + 8 * _padded(C)
-    own_records_at = _line(bias_at + 8 * _padded(C))
+    own_records_at = _line(weight_at + 8 * vectors * _padded(C))
     own_store_at = own_records_at + (records if sums else 0)
-    blocks_at = own_store_at + (0 if split else store)
+    blocks_at = own_store_at + (0 if split else store) + 64  # one partial before the blocks
     span = (width // segments if segments > 1 else channels) * part
     block = 2048 if compute == "float64" else 4096
     blocks = rows * -(-span // block) if span >= block else -(-rows // max(block // span, 1))
-    room = max(blocks * w.PARTIAL_BYTES, 64)
+    room = max(blocks * w.PARTIAL_BYTES, 2 * 8 * LANES * sums, 64)
     if by_columns or (by_rows and sums):
-        room = max(room, 8 * max(5, 2 + 2 * sums) * columns)
+        room = max(room, 8 * max(6, 2 + 2 * sums) * columns)
+    if labelled:  # fields of a chunk's channels; partials of all channels, merged, then sorted by group
+        room = max(room, 8 * 4 * _padded(channels), 64 + 2 * w.PARTIAL_BYTES * _padded(C))
     coefficients_at = _line(blocks_at + room)
     coefficient_bytes = _line((columns + LANES) * ITEMSIZE[compute])
-    pieces_at = coefficients_at + (8 * coefficient_bytes if by_rows else 0)
+    pieces_at = coefficients_at + (coefficients * coefficient_bytes if by_rows else 0)
     piece_bytes = 0 if dense else _line(rows * channels * part * 8 + 128)
-    scratch = _line(pieces_at + piece_bytes * len(arrays))
-    progress_at = w.HEADER_BYTES
+    mask_piece_at = pieces_at + piece_bytes * len(arrays)
+    scratch = _line(mask_piece_at + (0 if where is None else rows * channels * part + 128))
+    rounds = phases * -(-tasks // wave_tasks) if split else 1
+    progress_at = w.HEADER_BYTES + 64 * rounds * slots
     header = progress_at + (16 * tasks if split else 0)
     gradient_bytes = 8 * gradients * 2 * _padded(C)
     gradients_at = _line(header)
@@ -195,7 +224,14 @@ def of(
     store_at = scratch_at + slots * scratch
     work_bytes = store_at + (tasks * store if split else 0)
 
-    axes = tuple(_axes(plan, layout, a) for a in arrays)
+    strides = [a.strides for a in arrays]
+    mask_dense = False
+    if where is not None:
+        strides.append(np.broadcast_to(where, plan.shape).strides)
+        both = [[s // arrays[0].itemsize for s in strides[0]], strides[-1]]
+        shared = Layout.of(plan.shape, plan.batch_axes, plan.channel_axis, both)
+        mask_dense = shared.kind == "dense" and shared.axes == layout.axes and shared.inner == inner
+    axes = tuple(_axes(plan, layout, s) for s in strides)
     words = np.zeros(w.WORDS, np.int64)
     values = {
         w.N: N, w.OUTER: outer, w.C: C, w.INNER: inner, w.BUNDLES: bundles, w.BUNDLE_CHANNELS: width,
@@ -216,7 +252,8 @@ def of(
         w.WEIGHT_KIND: weight_kind, w.BIAS_KIND: bias_kind,
         w.LABELS: 0 if plan.labels is None else _address(plan.labels),
         w.ORDER: _address(plan.channel_order), w.BOUNDS: _address(plan.group_bounds),
-        w.OWN_RECORDS_AT: own_records_at, w.PADDED_WIDTH: _padded(width),
+        w.CLEARED: 0 if slots == 1 and not split and not gradients else gradients_at + gradient_parts * gradient_bytes,
+        w.MASK_PIECE_AT: mask_piece_at, w.OWN_RECORDS_AT: own_records_at, w.PADDED_WIDTH: _padded(width),
         w.PART_SAMPLES: part_samples, w.GRADIENT_PARTS: gradient_parts,
     }  # fmt: skip
     for name, value in values.items():
@@ -225,14 +262,18 @@ def of(
         at = w.ARRAYS + k * w.ARRAY_WORDS
         sn, so = layout.strides[k] if dense else (0, 0)
         words[at : at + 5] = (not dense, sn * array.itemsize, so * array.itemsize, array.itemsize, _address(axes[k]))
+    if where is not None:
+        sn, so = shared.strides[1] if mask_dense else (0, 0)
+        at = w.ARRAYS + w.MASK * w.ARRAY_WORDS
+        words[at : at + 5] = (not mask_dense, sn, so, 1, _address(axes[-1]))
     return Geometry(
         words,
         _address(words),
         work_bytes,
-        gradients_at + gradient_parts * gradient_bytes,
         slots,
         by_rows,
         not dense,
+        table,
         axes,
     )
 
@@ -252,13 +293,24 @@ def _address(array: np.ndarray[Any, Any]) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def _axes(plan: Plan, layout: Layout, array: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Channel stride, numbers of batch, outer and inner axes, and (size, stride) of each, in bytes."""
+def _axes(plan: Plan, layout: Layout, strides: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Channel stride, numbers of batch, outer and inner axes, and (size, stride) of each, in bytes, merged."""
     position = layout.axes.index(plan.channel_axis)
     batch = len(plan.batch_axes)
-    groups = (layout.axes[:batch], layout.axes[batch:position], layout.axes[position + 1 :])
-    pairs = [value for axes in groups for axis in axes for value in (plan.shape[axis], array.strides[axis])]
-    return np.array([array.strides[plan.channel_axis], *map(len, groups), *pairs], dtype=np.int64)
+    groups = []
+    for axes in (layout.axes[:batch], layout.axes[batch:position], layout.axes[position + 1 :]):
+        pairs: list[tuple[int, int]] = []
+        for axis in axes:
+            size, stride = plan.shape[axis], strides[axis]
+            if size == 1:
+                continue
+            if pairs and pairs[-1][1] == size * stride:
+                pairs[-1] = (pairs[-1][0] * size, stride)
+            else:
+                pairs.append((size, stride))
+        groups.append(pairs)
+    flat = [value for pairs in groups for pair in pairs for value in pair]
+    return np.array([strides[plan.channel_axis], *map(len, groups), *flat], dtype=np.int64)
 
 
 __all__ = ["SUMS", "Geometry", "of"]

@@ -8,10 +8,10 @@ from typing import Any
 from . import words as w
 from .access import word
 from .compile import inner
-from .convert import loader, storer
+from .convert import loader, storer, to_compute
+from .program import Kind
 from .simd import (
     LANES,
-    atomic_add,
     bits_float,
     load_f32,
     load_f64,
@@ -39,9 +39,9 @@ def data_of(array: int) -> int:
 
 
 @inner
-def join(geometry: int, work: int) -> int:
-    """Scratch memory of a thread that joins a job; 0 if as many have joined as there is memory for."""
-    slot = atomic_add(work + w.JOINED, 1)
+def join(geometry: int, work: int, role: int) -> int:
+    """Scratch memory of a participant; 0 for a helper beyond the number of threads that the call may use."""
+    slot = max(role, 0)
     if slot >= word(geometry, w.SLOTS):
         return 0
     return work + word(geometry, w.SCRATCH_AT) + slot * word(geometry, w.SCRATCH_BYTES)
@@ -79,55 +79,89 @@ def group_of(geometry: int, channel: int) -> int:
 
 
 @cache
-def moments_finisher(dtype: str, compute: str, array: int, by_rows: bool, strided: bool) -> Any:
-    """finish(geometry, call, base, task, store, scratch): records of a task's groups; mean and rstd to their arrays."""
-    _, segment_moments = statistics(dtype, compute, array, by_rows, strided)
+def moments_finisher(
+    dtype: str, compute: str, array: int, by_rows: bool, strided: bool, labelled: bool = False, masked: bool = False
+) -> Any:
+    """finish(geometry, call, task, store, scratch): records of a task's groups; mean and rstd to their arrays."""
+    _, merge_task, group_moments = statistics(dtype, compute, array, by_rows, strided, labelled, masked)
     fill = record_writer(compute)
 
     @inner
-    def finish(geometry: int, call: int, base: int, task: int, store: int, scratch: int) -> None:
+    def finish(geometry: int, call: int, task: int, store: int, scratch: int) -> None:
         groups = word(geometry, w.GROUPS)
         mean_out = load_i64(call, w.CALL_MEAN)
         rstd_out = load_i64(call, w.CALL_RSTD)
         eps = bits_float(word(geometry, w.EPS))
         partial = scratch + word(geometry, w.BLOCKS_AT)
+        merge_task(geometry, store, scratch)
         for g in range(groups):
-            scale = segment_moments(geometry, base, task, g, store, scratch, partial)
+            scale = group_moments(geometry, call, task, g, store, scratch, partial)
             count = load_f64(partial, 0)
             m2 = load_f64(partial, 3)
             root, root_scale = rstd_of(m2, count, scale, eps)
-            mean = load_f64(partial, 1) / scale
+            high = load_f64(partial, 1)
+            if masked:
+                high += 0.0 / count  # NaN where nothing is kept
             record = store + g * w.RECORD_BYTES
-            fill(record, load_f64(partial, 1), load_f64(partial, 2), scale, root, root_scale)
+            fill(record, high, load_f64(partial, 2), scale, root, root_scale)
             store_f64(record, w.COUNT, count)
-            store_f64(mean_out, task * groups + g, mean)
+            store_f64(mean_out, task * groups + g, high / scale)
             store_f64(rstd_out, task * groups + g, root * root_scale)
 
     return finish
 
 
-@cache
-def coefficient_kernel(compute: str) -> Any:
-    """expand(...): coefficients of a chunk of whole rows, element by element, in `compute` lanes.
+def moments_phase(kind: Kind, array: int = 0) -> tuple[Any, Any]:
+    """Phase 0 of every kernel that takes statistics: of a chunk, and what is made of a task's."""
+    options = (kind.x, kind.compute, array, kind.by_rows, kind.strided, kind.labelled, kind.masked)
+    return statistics(*options)[0], moments_finisher(*options)
 
-    Arrays: power, minus_high, minus_low of the group, first = weight * SLOPE, second = bias (forward) or the
-    group's constants.
+
+@cache
+def record_lanes(compute: str) -> Any:
+    """record_lanes(record): POWER, MINUS_HIGH and MINUS_LOW of a group as lanes."""
+    lanes = to_compute(compute)
+
+    @inner
+    def of_record(record: int) -> Any:
+        high, low = load_f64(record, w.MINUS_HIGH), load_f64(record, w.MINUS_LOW)
+        return lanes(load_f64(record, w.POWER)), lanes(high), lanes(low)
+
+    return of_record
+
+
+@cache
+def coefficient_kernel(compute: str, tangents: bool = False) -> Any:
+    """expand(geometry, call, tag, task, channel0, channels, records, scratch, arrays): coefficients element by element.
+
+    The first `arrays` of: power, minus_high, minus_low of the group, weight * RATIO, bias, SLOPE, OFFSET of the group;
+    with `tangents` also weight's tangent * RATIO, bias's tangent, and the last seven words of the group's record.
+    A participant keeps those of whole rows from chunk to chunk: `tag` says which task and phase they are for.
     """
     store_c, _, _ = storer(compute, "float64")
     size = 4 if compute == "float32" else 8
 
     @inner
-    def expand_forward(geometry: int, task: int, channel0: int, channels: int, store: int, scratch: int) -> None:
+    def expand(
+        geometry: int, call: int, tag: int, task: int, channel0: int, channels: int, records: int, scratch: int,
+        arrays: int,
+    ) -> None:  # fmt: skip
+        if channels == word(geometry, w.BUNDLE_CHANNELS):
+            if load_i64(call, w.CALL_EXPANDED) == tag:
+                return
+            store_i64(call, w.CALL_EXPANDED, tag)
         inner_size = word(geometry, w.INNER)
         target = scratch + word(geometry, w.COEFFICIENTS_AT)
         each = word(geometry, w.COEFFICIENT_BYTES)
         first = (task % word(geometry, w.BUNDLES)) * word(geometry, w.BUNDLE_CHANNELS)
         weight = scratch + word(geometry, w.WEIGHT_AT) + 8 * first
         bias = scratch + word(geometry, w.BIAS_AT) + 8 * first
+        tangent = bias + word(geometry, w.BIAS_AT) - word(geometry, w.WEIGHT_AT)
+        shift_tangent = tangent + word(geometry, w.BIAS_AT) - word(geometry, w.WEIGHT_AT)
         c = channel0
         while c < channel0 + channels:
-            record = store + group_of(geometry, c) * w.RECORD_BYTES
-            # channels that share these coefficients' group, and the elements over which each vector below is valid
+            record = records + group_of(geometry, c) * w.RECORD_BYTES
+            # channels that share these coefficients; the vectors may run over into those of the next ones
             together = 1
             if word(geometry, w.LABELS) == 0 and inner_size == 1:
                 size_of_group = word(geometry, w.GROUP_CHANNELS)
@@ -136,25 +170,48 @@ def coefficient_kernel(compute: str) -> Any:
             high = splat(load_f64(record, w.MINUS_HIGH))
             low = splat(load_f64(record, w.MINUS_LOW))
             ratio = load_f64(record, w.RATIO)
+            slope = splat(load_f64(record, w.SLOPE))
+            offset = splat(load_f64(record, w.OFFSET))
             for j in range(0, together * inner_size, LANES):
                 at = target + ((c - channel0) * inner_size + j) * size
                 store_c(at, power)
                 store_c(at + each, high)
                 store_c(at + 2 * each, low)
-                if inner_size == 1:
-                    store_c(at + 3 * each, _load64(weight + 8 * (c + j)) * splat(ratio))
-                    store_c(at + 4 * each, _load64(bias + 8 * (c + j)))
-                else:
-                    store_c(at + 3 * each, splat(load_f64(weight, c) * ratio))
-                    store_c(at + 4 * each, splat(load_f64(bias, c)))
+                if arrays > 3:
+                    if inner_size == 1:
+                        store_c(at + 3 * each, _load64(weight + 8 * (c + j)) * splat(ratio))
+                        store_c(at + 4 * each, _load64(bias + 8 * (c + j)))
+                    else:
+                        store_c(at + 3 * each, splat(load_f64(weight, c) * ratio))
+                        store_c(at + 4 * each, splat(load_f64(bias, c)))
+                if arrays > 5:
+                    store_c(at + 5 * each, slope)
+                    store_c(at + 6 * each, offset)
+                if tangents:  # noqa: SIM102 - known when the kernel is compiled, which otherwise has none of it
+                    if arrays > 7:
+                        if inner_size == 1:
+                            store_c(at + 7 * each, _load64(tangent + 8 * (c + j)) * splat(ratio))
+                            store_c(at + 8 * each, _load64(shift_tangent + 8 * (c + j)))
+                        else:
+                            store_c(at + 7 * each, splat(load_f64(tangent, c) * ratio))
+                            store_c(at + 8 * each, splat(load_f64(shift_tangent, c)))
+                        for k in range(w.GX_OFFSET, arrays):
+                            store_c(at + k * each, splat(load_f64(record, k)))
             c += together
 
-    return expand_forward
+    return expand
 
 
 @inner
-def start_call(geometry: int, scratch: int, weight: int, bias: int, mean: int, rstd: int) -> None:
-    """Addresses and parameters of a call into a participant's scratch memory."""
-    store_i64(scratch, w.CALL_MEAN, data_of(mean))
-    store_i64(scratch, w.CALL_RSTD, data_of(rstd))
-    load_parameters(geometry, scratch, data_of(weight), data_of(bias))
+def start_call(
+    geometry: int, call: int, weight: int, bias: int, mean: int, rstd: int, where: int, dweight: int, dbias: int
+) -> None:
+    """Addresses and parameters of a call, by the ids of their arrays (0 for none), into a participant's memory."""
+    store_i64(call, w.CALL_EXPANDED, -1)
+    store_i64(call, w.CALL_RECORDS, -1)
+    store_i64(call, w.CALL_MEAN, data_of(mean))
+    store_i64(call, w.CALL_RSTD, data_of(rstd))
+    store_i64(call, w.MASK, data_of(where))
+    store_i64(call, w.CALL_DWEIGHT, data_of(dweight))
+    store_i64(call, w.CALL_DBIAS, data_of(dbias))
+    load_parameters(geometry, call, data_of(weight), data_of(bias))

@@ -13,22 +13,23 @@ from .access import word
 from .apply import apply_kernels
 from .chunks import chunk_memory, chunk_of
 from .compile import inner
-from .groups import coefficient_kernel, data_of, group_of, join, moments_finisher, start_call
-from .schedule import scheduler
-from .simd import load_f64, load_i64, store_fence, store_i64
-from .statistics import itemsize, statistics
+from .groups import coefficient_kernel, data_of, group_of, moments_phase, record_lanes, start_call
+from .program import Kind, Program
+from .simd import load_f64, load_i64, store_i64
+from .statistics import itemsize
 
-ARGUMENTS = 9
 _X, _OUT = 0, 1  # positions among the arrays of the geometry
 
 
 @cache
-def apply_chunk(x: str, y: str, compute: str, activation: str | None, by_rows: bool, strided: bool) -> Any:
+def apply_chunk(kind: Kind) -> Any:
     """The last phase: y of one chunk."""
-    run, rows_kernel = apply_kernels(x, y, compute, activation, itemsize(x), itemsize(y))
-    expand = coefficient_kernel(compute)
-    x_size, y_size = itemsize(x), itemsize(y)
-    open_chunk, row_bytes, close_chunk = chunk_memory(strided)
+    x_size, y_size = itemsize(kind.x), itemsize(kind.y)
+    run, rows_kernel = apply_kernels(kind.x, kind.y, kind.compute, kind.activation, x_size, y_size)
+    expand = coefficient_kernel(kind.compute)
+    lanes_of = record_lanes(kind.compute)
+    open_chunk, row_bytes, close_chunk = chunk_memory(kind.strided)
+    by_rows, labelled = kind.by_rows, kind.labelled
 
     @inner
     def chunk_apply(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
@@ -47,65 +48,57 @@ def apply_chunk(x: str, y: str, compute: str, activation: str | None, by_rows: b
         x_step = row_bytes(geometry, _X, channels, length)
         y_step = row_bytes(geometry, _OUT, channels, length)
         if by_rows:
-            expand(geometry, task, channel0, channels, store, scratch)
+            expand(geometry, call, task, task, channel0, channels, store, scratch, 5)
             coefficients = scratch + word(geometry, w.COEFFICIENTS_AT)
             each = word(geometry, w.COEFFICIENT_BYTES)
             rows_kernel(px, x_step, py, y_step, rows, channels * length, coefficients, each, stream)
         else:
             weight = scratch + word(geometry, w.WEIGHT_AT)
             bias = scratch + word(geometry, w.BIAS_AT)
+            record = store
+            p, h, m = lanes_of(record)
+            ratio = load_f64(record, w.RATIO)
             for r in range(rows):
                 for c in range(channels):
-                    record = store + group_of(geometry, channel0 + c) * w.RECORD_BYTES
-                    scale = load_f64(record, w.RATIO) * load_f64(weight, first + c)
+                    if labelled:
+                        record = store + group_of(geometry, channel0 + c) * w.RECORD_BYTES
+                        p, h, m = lanes_of(record)
+                        ratio = load_f64(record, w.RATIO)
                     run(
                         px + r * x_step + c * length * x_size,
                         py + r * y_step + c * length * y_size,
-                        length,
-                        load_f64(record, w.POWER),
-                        load_f64(record, w.MINUS_HIGH),
-                        load_f64(record, w.MINUS_LOW),
-                        scale,
+                        length, p, h, m,
+                        ratio * load_f64(weight, first + c),
                         load_f64(bias, first + c),
                         stream,
-                    )
+                    )  # fmt: skip
         close_chunk(geometry, _OUT, y_base, n, row0, rows, first, channels, start, length, y_piece)
 
     return chunk_apply
 
 
-def kernel(x: str, y: str, compute: str, activation: str | None, by_rows: bool, strided: bool) -> Any:
-    """forward(geometry, x, out, weight, bias, mean, rstd, work, caller), every array by its id."""
-    chunk_moments, _ = statistics(x, compute, _X, by_rows, strided)
-    finish_moments = moments_finisher(x, compute, _X, by_rows, strided)
-    chunk_apply = apply_chunk(x, y, compute, activation, by_rows, strided)
+def kernel(kind: Kind) -> Program:
+    """Arrays: x, out, weight, bias, mean, rstd, where."""
+    chunk_moments, finish_moments = moments_phase(kind)
+    chunk_apply = apply_chunk(kind)
 
     @inner
     def run_chunk(phase: int, geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
         if phase == 0:
-            chunk_moments(geometry, load_i64(call, _X), task, chunk, store, scratch)
+            chunk_moments(geometry, call, task, chunk, store, scratch)
         else:
             chunk_apply(geometry, call, task, chunk, store, scratch)
 
     @inner
     def finish(phase: int, geometry: int, call: int, task: int, store: int, scratch: int) -> None:
-        finish_moments(geometry, call, load_i64(call, _X), task, store, scratch)
+        finish_moments(geometry, call, task, store, scratch)
 
-    schedule = scheduler(run_chunk, finish)
-
-    def forward(
-        geometry: int, x: int, out: int, weight: int, bias: int, mean: int, rstd: int, work: int, caller: int
+    def start(
+        geometry: int, call: int, x: int, out: int, weight: int, bias: int, mean: int, rstd: int, where: int
     ) -> int:
-        work = data_of(work)
-        scratch = join(geometry, work)
-        if scratch == 0:
-            return 0
-        store_i64(scratch, _X, data_of(x))
-        store_i64(scratch, _OUT, data_of(out))
-        start_call(geometry, scratch, weight, bias, mean, rstd)
-        schedule(geometry, scratch, work, scratch, 0, 1, caller != 0)
-        if word(geometry, w.STREAM) != 0:
-            store_fence()
+        store_i64(call, _X, data_of(x))
+        store_i64(call, _OUT, data_of(out))
+        start_call(geometry, call, weight, bias, mean, rstd, where, 0, 0)
         return 0
 
-    return forward
+    return Program(start, run_chunk, finish, last=1)

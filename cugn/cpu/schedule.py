@@ -13,10 +13,11 @@ from llvmlite import binding
 from numba.core import types
 from numba.core.typing import signature
 
+from ..threads import ALONE, CALLER
 from . import words as w
 from .access import word
 from .compile import inner
-from .simd import atomic_add, atomic_load, pause
+from .simd import atomic_add, atomic_load, load_i64, pause, store_i64
 
 _SPINS = 2000  # about 30 us of pause; then the processor is offered to whoever holds the chunk that is waited for
 
@@ -42,6 +43,83 @@ def wait_until(address: int, count: int) -> None:
             give_way()
 
 
+@inner
+def wait_until_least(address: int, count: int) -> None:
+    """Return when the counter has fallen to count."""
+    spins = 0
+    while atomic_load(address) > count:
+        pause()
+        spins += 1
+        if spins > _SPINS:
+            give_way()
+
+
+@inner
+def next_ticket(geometry: int, call: int, work: int, phases: int, role: int) -> bool:
+    """Take the next ticket and write into the call what it is for; False when there is none left.
+
+    Tickets come in rounds: one round of whole tasks, or for each wave of split ones a round a phase. In a round every
+    participant begins with a range of its own, the same one in call after call, and then takes from the others': a
+    core finds in its cache what it wrote there in the call before. All tickets of a round are taken before the first
+    of the next one, so a chunk that is waited for is always in work.
+    """
+    bundles = word(geometry, w.BUNDLES)
+    chunks = word(geometry, w.CHUNKS)
+    split = word(geometry, w.SPLIT) != 0
+    tasks = word(geometry, w.N) * bundles
+    wave_tasks = word(geometry, w.WAVE_TASKS)
+    slots = 1 if role == ALONE else word(geometry, w.SLOTS)
+    rounds = phases * ((tasks + wave_tasks - 1) // wave_tasks) if split else 1
+    place = load_i64(call, w.CALL_PLACE)  # round and how many ranges of it are used up
+    while place < rounds * slots:
+        round = place // slots
+        step = 0
+        start = 0
+        count = word(geometry, w.TICKETS)
+        if split:
+            step = round % phases
+            start = round // phases * wave_tasks
+            count = min(wave_tasks, tasks - start) * chunks
+        who = (max(role, 0) + place) % slots
+        low = who * count // slots
+        size = (who + 1) * count // slots - low
+        if role == ALONE:
+            mine = load_i64(call, w.CALL_TAKEN)
+            store_i64(call, w.CALL_TAKEN, mine + 1)
+        else:
+            mine = atomic_add(work + w.HEADER_BYTES + (round * slots + who) * 64, 1)
+        if mine < size:
+            ticket = low + (size - 1 - mine if step % 2 == 1 else mine)
+            if split:
+                task = start + ticket // chunks
+                n0 = task // bundles
+                b0 = task % bundles
+                n1 = n0 + 1
+                b1 = b0 + 1
+                k0 = ticket % chunks
+                k1 = k0 + 1
+            else:
+                across = word(geometry, w.BUNDLE_TICKETS)
+                n0 = ticket // across * word(geometry, w.TICKET_SAMPLES)
+                b0 = ticket % across * word(geometry, w.TICKET_BUNDLES)
+                n1 = min(n0 + word(geometry, w.TICKET_SAMPLES), word(geometry, w.N))
+                b1 = min(b0 + word(geometry, w.TICKET_BUNDLES), bundles)
+                k0 = 0
+                k1 = chunks
+            store_i64(call, w.TICKET_STEP, step)
+            store_i64(call, w.TICKET_N, n0)
+            store_i64(call, w.TICKET_N + 1, n1)
+            store_i64(call, w.TICKET_BUNDLE, b0)
+            store_i64(call, w.TICKET_BUNDLE + 1, b1)
+            store_i64(call, w.TICKET_CHUNK, k0)
+            store_i64(call, w.TICKET_CHUNK + 1, k1)
+            return True
+        place += 1
+        store_i64(call, w.CALL_PLACE, place)
+        store_i64(call, w.CALL_TAKEN, 0)
+    return False
+
+
 def scheduler(run_chunk: Callable[..., Any], finish: Callable[..., Any]) -> Any:
     """Kernel part that takes tickets until there are none.
 
@@ -51,60 +129,46 @@ def scheduler(run_chunk: Callable[..., Any], finish: Callable[..., Any]) -> Any:
     """
 
     @inner
-    def whole_task(geometry: int, call: int, task: int, scratch: int, first: int, last: int) -> None:
-        store = scratch + word(geometry, w.OWN_STORE_AT)
-        chunks = word(geometry, w.CHUNKS)
-        for phase in range(first, last + 1):
-            for k in range(chunks):
-                # each phase runs against the direction of the one before: what was read last is still in cache
-                chunk = k if (phase - first) % 2 == 0 else chunks - 1 - k
-                run_chunk(phase, geometry, call, task, chunk, store, scratch)
-            if phase < last:
-                finish(phase, geometry, call, task, store, scratch)
-
-    @inner
-    def run(geometry: int, call: int, work: int, scratch: int, first: int, last: int, caller: bool) -> None:
-        tickets = word(geometry, w.TICKETS)
+    def do_ticket(
+        geometry: int, call: int, work: int, scratch: int, first: int, last: int, split: bool, alone: bool
+    ) -> None:
         bundles = word(geometry, w.BUNDLES)
         chunks = word(geometry, w.CHUNKS)
-        split = word(geometry, w.SPLIT) != 0
-        tasks = word(geometry, w.N) * bundles
-        wave_tasks = word(geometry, w.WAVE_TASKS)
-        phases = last - first + 1
-        while True:
-            ticket = atomic_add(work + w.TAKEN, 1)
-            if ticket >= tickets:
-                break
-            if not split:
-                samples = word(geometry, w.TICKET_SAMPLES)
-                together = word(geometry, w.TICKET_BUNDLES)
-                across = word(geometry, w.BUNDLE_TICKETS)
-                n0 = ticket // across * samples
-                b0 = ticket % across * together
-                for n in range(n0, min(n0 + samples, word(geometry, w.N))):
-                    for bundle in range(b0, min(b0 + together, bundles)):
-                        whole_task(geometry, call, n * bundles + bundle, scratch, first, last)
-            else:
-                wave = ticket // (wave_tasks * chunks * phases)
-                start = wave * wave_tasks
-                here = min(wave_tasks, tasks - start)
-                rest = ticket - start * chunks * phases
-                step = rest // (here * chunks)
-                index = rest % (here * chunks)
-                if step % 2 == 1:
-                    index = here * chunks - 1 - index
-                task = start + index // chunks
-                chunk = index % chunks
-                store = work + word(geometry, w.STORE_AT) + task * word(geometry, w.STORE_BYTES)
-                # two counters a task: chunks done in all phases, phases finished
+        step = load_i64(call, w.TICKET_STEP)
+        k0 = load_i64(call, w.TICKET_CHUNK)
+        k1 = load_i64(call, w.TICKET_CHUNK + 1)
+        for n in range(load_i64(call, w.TICKET_N), load_i64(call, w.TICKET_N + 1)):
+            for bundle in range(load_i64(call, w.TICKET_BUNDLE), load_i64(call, w.TICKET_BUNDLE + 1)):
+                task = n * bundles + bundle
+                store = scratch + word(geometry, w.OWN_STORE_AT)
+                # two counters of a split task: chunks done in all phases, phases finished
                 progress = work + word(geometry, w.PROGRESS_AT) + task * 16
-                wait_until(progress + 8, step)
-                run_chunk(first + step, geometry, call, task, chunk, store, scratch)
-                if atomic_add(progress, 1) == (step + 1) * chunks - 1 and step < phases - 1:
-                    finish(first + step, geometry, call, task, store, scratch)
-                    atomic_add(progress + 8, 1)
-            atomic_add(work + w.DONE, 1)
-        if caller:
-            wait_until(work + w.DONE, tickets)
+                if split:
+                    store = work + word(geometry, w.STORE_AT) + task * word(geometry, w.STORE_BYTES)
+                    if not alone:
+                        wait_until(progress + 8, step)
+                for phase in range(first + step, last + 1 if not split else first + step + 1):
+                    for k in range(k0, k1):
+                        # each phase runs against the direction of the one before: what was read last is still in cache
+                        chunk = k1 - 1 - k if not split and (phase - first) % 2 == 1 else k
+                        run_chunk(phase, geometry, call, task, chunk, store, scratch)
+                    done = not split or atomic_add(progress, 1) == (step + 1) * chunks - 1
+                    if done and phase < last:
+                        finish(phase, geometry, call, task, store, scratch)
+                        if split:
+                            atomic_add(progress + 8, 1)
+
+    @inner
+    def run(geometry: int, call: int, work: int, scratch: int, first: int, last: int, role: int) -> None:
+        store_i64(call, w.CALL_PLACE, 0)
+        store_i64(call, w.CALL_TAKEN, 0)
+        split = word(geometry, w.SPLIT) != 0
+        alone = role == ALONE
+        while next_ticket(geometry, call, work, last - first + 1, role):
+            do_ticket(geometry, call, work, scratch, first, last, split, alone)
+            if not alone:
+                atomic_add(work + w.DONE, 1)
+        if role == CALLER:
+            wait_until(work + w.DONE, word(geometry, w.TICKETS))
 
     return run

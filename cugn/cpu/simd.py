@@ -150,6 +150,24 @@ def widen_scalar(typingctx: Any, value: Any) -> Any:
     return types.float64(types.float32), lambda c, builder, sig, args: builder.fpext(args[0], ir.DoubleType())
 
 
+ROUNDER = {"float32": 1.5 * 2.0**23, "float64": 1.5 * 2.0**52}
+"""Adding it rounds a number to an integer, which then is in the last bits of the sum."""
+
+
+@intrinsic
+def times_power_of_two(typingctx: Any, value: Any, power: Any) -> Any:
+    """value * 2**k where power is k + ROUNDER, for results in the range of normal numbers."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        number, power = args
+        double = str(power.type.element) == "double"
+        lane = ir.IntType(64 if double else 32)
+        exponent = builder.shl(builder.bitcast(power, vector_of(lane)), constant(lane, 52 if double else 23))
+        return builder.bitcast(builder.add(builder.bitcast(number, vector_of(lane)), exponent), number.type)
+
+    return value(value, power), codegen
+
+
 @intrinsic
 def reduce_add(typingctx: Any, value: Any) -> Any:
     """Sum of the lanes, by halves: always the same tree."""
@@ -167,6 +185,16 @@ def reduce_add(typingctx: Any, value: Any) -> Any:
             )
             vec = builder.fadd(low, high)
         return builder.extract_element(vec, ir.Constant(i32, 0))
+
+    return value.lane(value), codegen
+
+
+@intrinsic
+def first_lane(typingctx: Any, value: Any) -> Any:
+    """The first lane."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.extract_element(args[0], ir.Constant(ir.IntType(32), 0))
 
     return value.lane(value), codegen
 
@@ -250,6 +278,45 @@ def both(typingctx: Any, a: Any, b: Any) -> Any:
     return MASK(MASK, MASK), lambda context, builder, sig, args: builder.and_(*args)
 
 
+@intrinsic
+def without(typingctx: Any, a: Any, b: Any) -> Any:
+    """Lanes that are true in a and not in b."""
+    return MASK(MASK, MASK), lambda context, builder, sig, args: builder.and_(args[0], builder.not_(args[1]))
+
+
+@intrinsic
+def count_lanes(typingctx: Any, mask: Any) -> Any:
+    """Number of lanes that are true."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        bits = builder.zext(builder.bitcast(args[0], ir.IntType(LANES)), I64)
+        return call_intrinsic(builder, "llvm.ctpop.i64", I64, [bits])
+
+    return types.int64(MASK), codegen
+
+
+@intrinsic
+def add_lanes(typingctx: Any, count: Any, mask: Any) -> Any:
+    """int32 lanes, one more where the mask is true."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.add(args[0], builder.zext(args[1], args[0].type))
+
+    return I32(I32, MASK), codegen
+
+
+@intrinsic
+def no_lanes(typingctx: Any) -> Any:
+    """int32 lanes of 0."""
+    return I32(), lambda context, builder, sig, args: constant(ir.IntType(32), 0)
+
+
+@intrinsic
+def as_float64(typingctx: Any, count: Any) -> Any:
+    """int32 lanes as float64 ones."""
+    return F64(I32), lambda context, builder, sig, args: builder.sitofp(args[0], vector_of(ir.DoubleType()))
+
+
 # ------------------------------------------------------------------------------------------------------------ memory
 
 
@@ -290,6 +357,33 @@ load_u8, store_u8 = _scalar_access(types.uint8, I8)
 
 
 @intrinsic
+def copy_bytes(typingctx: Any, target: Any, source: Any, count: Any) -> Any:
+    """Copy 16 bytes, of which those from `count` on become 0; nothing beyond `count` is read."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        kind = vector_of(I8)
+        where = pointer(builder, args[1], kind)
+        read = [where, ir.Constant(ir.IntType(32), 1), lanes_below(builder, args[2]), constant(I8, 0)]
+        value = call_intrinsic(builder, f"llvm.masked.load.{suffix(I8)}.p0", kind, read)
+        builder.store(value, pointer(builder, args[0], kind), align=1)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def fill_bytes(typingctx: Any, target: Any, value: Any) -> Any:
+    """Store a byte 16 times."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value = splat_value(builder, builder.trunc(args[1], I8))
+        builder.store(value, pointer(builder, args[0], value.type), align=1)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64), codegen
+
+
+@intrinsic
 def float_bits(typingctx: Any, value: Any) -> Any:
     """A float64's bits as int64."""
     return types.int64(types.float64), lambda context, builder, sig, args: builder.bitcast(args[0], I64)
@@ -319,9 +413,31 @@ def atomic_load(typingctx: Any, address: Any) -> Any:
     """The int64 at an address, with everything that was written before it."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.load_atomic(pointer(builder, args[0], I64), "acquire", 8)
+        return builder.load_atomic(pointer(builder, args[0], I64), "seq_cst", 8)
 
     return types.int64(types.int64), codegen
+
+
+@intrinsic
+def atomic_store(typingctx: Any, address: Any, value: Any) -> Any:
+    """Write the int64 at an address, after everything that was written before it."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        builder.store_atomic(args[1], pointer(builder, args[0], I64), "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64), codegen
+
+
+@intrinsic
+def claim(typingctx: Any, address: Any, expected: Any, value: Any) -> Any:
+    """Replace the int64 at an address if it is the expected one; whether it was."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        where = pointer(builder, args[0], I64)
+        return builder.extract_value(builder.cmpxchg(where, args[1], args[2], "seq_cst", "monotonic"), 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), codegen
 
 
 def _host_call(intrinsics: dict[str, str]) -> Any:

@@ -8,17 +8,22 @@ from typing import Any
 
 from . import words as w
 from .access import word
+from .block_moments import block_kernels, merge, segment_partial
 from .chunks import chunk_memory, chunk_of
 from .compile import inner
-from .convert import loader
-from .moments import block_kernels, merge
+from .convert import loader, storer
+from .exact import merge_arrays
+from .labelled import merge_label, short_runs, sort_partials
+from .masked import SHORT, mask_step, masked_kernels, open_mask
 from .simd import (
     LANES,
     bits_float,
     float_bits,
     load_f64,
+    load_i64,
     narrow_scalar,
     reduce_max,
+    splat,
     store_f64,
     vector_abs,
     vector_max,
@@ -27,6 +32,8 @@ from .simd import (
 )
 from .words import PARTIAL_BYTES
 
+_load64, _ = loader("float64", "float64")
+_store64_part = storer("float64", "float64")[1]
 _ITEMSIZE = {"int8": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "int16": 2, "uint16": 2, "float32": 4, "float64": 8}
 
 
@@ -76,7 +83,8 @@ def record_writer(compute: str) -> Any:
         # a subnormal mean would lose its digits here if it were divided by the scale first
         store_f64(record, w.MINUS_HIGH, -high * (power / scale))
         store_f64(record, w.MINUS_LOW, -low * (power / scale))
-        store_f64(record, w.RATIO, root * (root_scale / power))
+        inverse = power_of_two(-k) if k < 1023 else 0.5 * power_of_two(-1022)
+        store_f64(record, w.RATIO, root * (root_scale * inverse))
 
     return fill
 
@@ -99,40 +107,111 @@ def rstd_of(m2: float, count: float, scale: float, eps: float) -> Any:
 
 
 @cache
-def statistics(dtype: str, compute: str, array: int, by_rows: bool, strided: bool) -> tuple[Any, Any]:
-    """chunk(geometry, base, task, chunk, store, scratch), and group(..., segment, ...): a segment's partial and
-    scale.
+def statistics(
+    dtype: str, compute: str, array: int, by_rows: bool, strided: bool, labelled: bool = False, masked: bool = False
+) -> tuple[Any, Any, Any]:
+    """chunk(geometry, call, task, chunk, store, scratch), then merge(geometry, store, scratch) once for a task, and
+    group(geometry, call, task, group, store, scratch, out): a group's partial, whose scale it returns.
+
+    A group is a segment of a chunk's elements, or with labels segments of one channel each. Then partials are arrays
+    over the channels: those of the layers of chunks are merged channel by channel and sorted by group.
     """
     rect, columns = block_kernels(dtype, compute, itemsize(dtype))
+    masked_rect, masked_columns, masked_runs, masked_largest = masked_kernels(dtype, compute, itemsize(dtype))
+    runs = short_runs(dtype, compute, itemsize(dtype))
     _, load_part = loader(dtype, compute)
     size = itemsize(dtype)
     double = compute == "float64"
     open_chunk, row_bytes, _ = chunk_memory(strided)
 
     @inner
-    def chunk_moments(geometry: int, base: int, task: int, chunk: int, store: int, scratch: int) -> None:
+    def keep(geometry: int, partial: int, target: int, layer: int, channel: int) -> None:
+        # a channel's partial into the arrays of its layer
+        padded = 8 * word(geometry, w.PADDED_WIDTH)
+        target += 4 * layer * padded
+        for k in range(4):
+            store_f64(target + k * padded, channel, load_f64(partial, k))
+
+    @inner
+    def keep_columns(
+        geometry: int, arrays: int, step: int, count: float, channels: int, target: int, layer: int, channel0: int
+    ) -> None:
+        # the same of all channels: from arrays of mean, its low part, m2, and of counts where they are not all `count`
+        padded = 8 * word(geometry, w.PADDED_WIDTH)
+        target += 4 * layer * padded + 8 * channel0
+        for j in range(0, channels, LANES):
+            left = min(LANES, channels - j)
+            if masked:
+                _store64_part(target + 8 * j, _load64(arrays + 3 * step + 8 * j), left)
+            else:
+                _store64_part(target + 8 * j, splat(count), left)
+            for k in range(3):
+                _store64_part(target + (k + 1) * padded + 8 * j, _load64(arrays + k * step + 8 * j), left)
+
+    @inner
+    def chunk_moments(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
         bundles = word(geometry, w.BUNDLES)
         width = word(geometry, w.BUNDLE_CHANNELS)
         segments = word(geometry, w.SEGMENTS)
         row0, rows, channel0, channels, start, length, layer = chunk_of(geometry, chunk)
+        n = task // bundles
+        first_channel = (task % bundles) * width + channel0
+        base = load_i64(call, array)
         p = open_chunk(
-            geometry, array, base, task // bundles, row0, rows, (task % bundles) * width + channel0, channels,
-            start, length, scratch + word(geometry, w.PIECES_AT), True,
+            geometry, array, base, n, row0, rows, first_channel, channels, start, length,
+            scratch + word(geometry, w.PIECES_AT), True,
         )  # fmt: skip
         step = row_bytes(geometry, array, channels, length)
+        pm, m_step = 0, 0
+        if masked:
+            pm = open_mask(geometry, call, n, row0, rows, first_channel, channels, start, length, scratch)
+            m_step = mask_step(geometry, channels, length)
         blocks = scratch + word(geometry, w.BLOCKS_AT)
         partials = store + word(geometry, w.PARTIALS_AT)
         if segments == 1:
             out = partials + chunk * PARTIAL_BYTES
         else:
             out = partials + (layer * segments + channel0 // (width // segments)) * PARTIAL_BYTES
+        cols = channels * length
         of_segment = min(width // segments, channels) * length
         if by_rows:  # noqa: SIM102 - known when the kernel is compiled, which then has no columns in it
             if word(geometry, w.BY_COLUMNS) != 0:
-                columns(p, rows, step, channels * length, 1.0, blocks, of_segment, out)
+                each = 8 * ((cols + LANES - 1) // LANES * LANES)
+                if masked:
+                    masked_columns(p, rows, step, pm, m_step, cols, 1.0, blocks)
+                else:
+                    columns(p, rows, step, cols, 1.0, blocks)
+                if labelled and of_segment == 1:
+                    keep_columns(geometry, blocks, each, float(rows), channels, partials, layer, channel0)
+                    return
+                for first in range(0, cols, of_segment):
+                    at = blocks + 8 * first
+                    target = blocks - 64 if labelled else out
+                    if masked:
+                        merge_arrays(at + 3 * each, at, at + each, at + 2 * each, of_segment, target)
+                    else:
+                        segment_partial(at, at + each, at + 2 * each, of_segment, float(rows), target)
+                    if labelled:
+                        keep(geometry, target, partials, layer, channel0 + first // of_segment)
+                    out += PARTIAL_BYTES
                 return
-        for first in range(0, channels * length, of_segment):
-            rect(p + first * size, rows, step, of_segment, 1.0, blocks, out)
+        if labelled:  # noqa: SIM102
+            if rows == 1 and length <= SHORT:
+                each = 8 * ((channels + LANES - 1) // LANES * LANES)
+                if masked:
+                    masked_runs(p, pm, channels, length, blocks)
+                else:
+                    runs(p, channels, length, blocks)
+                keep_columns(geometry, blocks, each, float(length), channels, partials, layer, channel0)
+                return
+        for first in range(0, cols, of_segment):
+            target = blocks if labelled else out
+            if masked:
+                masked_rect(p + first * size, rows, step, pm + first, m_step, of_segment, 1.0, blocks, target)
+            else:
+                rect(p + first * size, rows, step, of_segment, 1.0, blocks, target)
+            if labelled:
+                keep(geometry, blocks, partials, layer, channel0 + first // of_segment)
             out += PARTIAL_BYTES
 
     @inner
@@ -144,58 +223,95 @@ def statistics(dtype: str, compute: str, array: int, by_rows: bool, strided: boo
         return reduce_max(best)
 
     @inner
-    def revisit(geometry: int, base: int, task: int, segment: int, store: int, scratch: int, scale: float) -> float:
+    def revisit(geometry: int, call: int, task: int, segment: int, store: int, scratch: int, scale: float) -> float:
         # one segment again, chunk by chunk: its largest |x| if scale is 0, else its partials of x*scale
         bundles = word(geometry, w.BUNDLES)
         width = word(geometry, w.BUNDLE_CHANNELS)
         segments = word(geometry, w.SEGMENTS)
         first = segment * (width // segments)
+        base = load_i64(call, array)
+        n = task // bundles
         best = 0.0
         for chunk in range(word(geometry, w.CHUNKS)):
             row0, rows, channel0, channels, start, length, layer = chunk_of(geometry, chunk)
             if segments > 1 and not (channel0 <= first < channel0 + channels):
                 continue
+            first_channel = (task % bundles) * width + channel0
             p = open_chunk(
-                geometry, array, base, task // bundles, row0, rows, (task % bundles) * width + channel0, channels,
-                start, length, scratch + word(geometry, w.PIECES_AT), True,
+                geometry, array, base, n, row0, rows, first_channel, channels, start, length,
+                scratch + word(geometry, w.PIECES_AT), True,
             )  # fmt: skip
             step = row_bytes(geometry, array, channels, length)
+            pm, m_step = 0, 0
+            if masked:
+                pm = open_mask(geometry, call, n, row0, rows, first_channel, channels, start, length, scratch)
+                m_step = mask_step(geometry, channels, length)
             cols = channels * length
             which = chunk
             if segments > 1:
                 p += (first - channel0) * length * size
+                pm += (first - channel0) * length
                 cols = width // segments * length
                 which = layer * segments + segment
             if scale == 0.0:
-                best = max(best, largest(p, rows, step, cols))
+                if masked:
+                    best = max(best, masked_largest(p, rows, step, pm, m_step, cols))
+                else:
+                    best = max(best, largest(p, rows, step, cols))
             else:
-                out = store + word(geometry, w.PARTIALS_AT) + which * PARTIAL_BYTES
-                rect(p, rows, step, cols, scale, scratch + word(geometry, w.BLOCKS_AT), out)
+                blocks = scratch + word(geometry, w.BLOCKS_AT)
+                partials = store + word(geometry, w.PARTIALS_AT)
+                out = blocks if labelled else partials + which * PARTIAL_BYTES
+                if masked:
+                    masked_rect(p, rows, step, pm, m_step, cols, scale, blocks, out)
+                else:
+                    rect(p, rows, step, cols, scale, blocks, out)
+                if labelled:
+                    keep(geometry, blocks, partials, layer, segment)
         return best
 
     @inner
-    def merge_segment(geometry: int, segment: int, store: int, out: int) -> None:
-        segments = word(geometry, w.SEGMENTS)
-        count = word(geometry, w.CHUNKS) if segments == 1 else word(geometry, w.LAYERS)
-        merge(store + word(geometry, w.PARTIALS_AT) + segment * PARTIAL_BYTES, count, segments * PARTIAL_BYTES, out)
+    def merge_task(geometry: int, store: int, scratch: int) -> None:
+        if labelled:
+            sort_partials(geometry, store, scratch)
 
     @inner
-    def segment_moments(geometry: int, base: int, task: int, segment: int, store: int, scratch: int, out: int) -> float:
-        """A segment's partial, and the power of two that x was multiplied by."""
-        merge_segment(geometry, segment, store, out)
+    def merge_group(geometry: int, group: int, store: int, scratch: int, out: int) -> None:
+        if labelled:
+            merge_label(geometry, group, scratch, out)
+        else:
+            segments = word(geometry, w.SEGMENTS)
+            count = word(geometry, w.CHUNKS) if segments == 1 else word(geometry, w.LAYERS)
+            merge(store + word(geometry, w.PARTIALS_AT) + group * PARTIAL_BYTES, count, segments * PARTIAL_BYTES, out)
+
+    @inner
+    def revisit_group(geometry: int, call: int, task: int, group: int, store: int, scratch: int, scale: float) -> float:
+        if not labelled:
+            return revisit(geometry, call, task, group, store, scratch, scale)
+        bounds, order = word(geometry, w.BOUNDS), word(geometry, w.ORDER)
+        best = 0.0
+        for k in range(load_i64(bounds, group), load_i64(bounds, group + 1)):
+            best = max(best, revisit(geometry, call, task, load_i64(order, k), store, scratch, scale))
+        merge_task(geometry, store, scratch)
+        return best
+
+    @inner
+    def group_moments(geometry: int, call: int, task: int, group: int, store: int, scratch: int, out: int) -> float:
+        """A group's partial, and the power of two that x was multiplied by."""
+        merge_group(geometry, group, store, scratch, out)
         if not double:
             return 1.0
         m2 = load_f64(out, 3)
         if 2.0**-900 < m2 < 2.0**1000:
             return 1.0
         # zero, or squares out of float64's range, or NaN and infinity in the data
-        top = revisit(geometry, base, task, segment, store, scratch, 0.0)
+        top = revisit_group(geometry, call, task, group, store, scratch, 0.0)
         k = exponent(top)
         if k == 1024 or -400 < k < 400 or top == 0.0:
             return 1.0
         scale = power_of_two(min(max(-k, -1022), 1022))
-        revisit(geometry, base, task, segment, store, scratch, scale)
-        merge_segment(geometry, segment, store, out)
+        revisit_group(geometry, call, task, group, store, scratch, scale)
+        merge_group(geometry, group, store, scratch, out)
         return scale
 
-    return chunk_moments, segment_moments
+    return chunk_moments, merge_task, group_moments

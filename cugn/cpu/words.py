@@ -18,7 +18,8 @@ from __future__ import annotations
 (TICKETS, TICKET_SAMPLES, TICKET_BUNDLES, BUNDLE_TICKETS, WAVE_TASKS) = range(19, 24)
 # memory: participants at most, where and how large their scratch is, the stores of split tasks, the gradients' sums
 (SLOTS, SCRATCH_AT, SCRATCH_BYTES, STORE_AT, STORE_BYTES, PROGRESS_AT, GRADIENTS_AT, GRADIENT_BYTES) = range(24, 32)
-# within a store: partials or sums of each layer of chunks, then totals of each channel
+# within a store: partials or sums of each layer of chunks, then totals of each channel. The partials of labelled
+# channels are four arrays over the channels for each layer
 (LAYERS, PARTIALS_AT, SUMS_AT, TOTALS_AT) = range(32, 36)
 # within a scratch: weight and bias as float64, the store of a "whole" task, room for blocks, coefficients,
 # gathered chunks
@@ -35,25 +36,40 @@ from __future__ import annotations
 GROUP_CHANNELS = 53
 # records that a participant makes from given statistics; padded channels of a bundle
 (OWN_RECORDS_AT, PADDED_WIDTH) = range(54, 56)
-# five arrays of eight words: (strided, sn, so, itemsize, address of its axes)
-ARRAYS, ARRAY_WORDS = 56, 8
-WORDS = ARRAYS + 5 * ARRAY_WORDS
+# room for a chunk of a mask; bytes at the start of a workspace that are zero when a call begins
+(MASK_PIECE_AT, CLEARED) = range(56, 58)
+# eight arrays of eight words: (strided, sn, so, itemsize, address of its axes); the last is the mask
+ARRAYS, ARRAY_WORDS = 58, 8
+MASK = 7
+WORDS = ARRAYS + (MASK + 1) * ARRAY_WORDS
 (STRIDED, SN, SO, ITEMSIZE, AXES) = range(5)
 
 # A record, 16 float64 for each group of a task: what the statistics mean for its elements.
 # x_hat = (x*POWER + MINUS_HIGH + MINUS_LOW) * RATIO; POWER is the power of two next to rstd
 (MEAN, RSTD, POWER, MINUS_HIGH, MINUS_LOW, RATIO, COUNT, SLOPE, OFFSET) = range(9)
+# what the double backward adds: gx = GX_POWER * (.. + GX_OFFSET + GX_SLOPE*t + POWER*(GX_V*.. + GX_U*.. + ..))
+(GX_OFFSET, GX_SLOPE, GX_V, GX_U, GX_INNER_SLOPE, GX_INNER_OFFSET, GX_POWER) = range(9, 16)
 RECORD_BYTES = 128
 PARTIAL_BYTES = 32
 
-# Start of a workspace: tickets taken, tickets done, participants. 64 bytes apart: no cache line is shared.
-(TAKEN, DONE, JOINED) = (0, 64, 128)
-HEADER_BYTES = 192
+# Start of a workspace: tickets done; as int64 words the address of the kernel's entry and its arguments, for helpers;
+# then the tickets taken from each participant's range in each round, 64 bytes apart: no cache line is shared
+DONE, FUNCTION, ARGUMENTS = 0, 8, 9
+HEADER_BYTES = 320
+
+# The memory of a pool of helpers: the call that is offered, how many there were, helpers inside; a line each
+(POOL_CALL, POOL_NUMBER, POOL_INSIDE) = (0, 64, 128)
+POOL_BYTES = 192
 
 
-# A call, int64 words at the start of a participant's scratch: addresses of the five arrays, then of these
-(CALL_MEAN, CALL_RSTD, CALL_WORK) = range(8, 11)
-CALL_BYTES = 128
+# A call, int64 words at the start of a participant's scratch: addresses of the arrays, then of these; tasks whose
+# coefficients and records the participant has made
+(CALL_MEAN, CALL_RSTD, CALL_WORK, CALL_EXPANDED, CALL_FIRST, CALL_SECOND, CALL_RECORDS, CALL_PHASE) = range(8, 16)
+# the ticket that a participant holds, pairs of a first and an end; where it looks for the next one
+(TICKET_N, TICKET_BUNDLE, TICKET_CHUNK, TICKET_STEP, CALL_PLACE, CALL_TAKEN) = (16, 18, 20, 22, 23, 24)
+# where dweight and dbias go
+(CALL_DWEIGHT, CALL_DBIAS) = (25, 26)
+CALL_BYTES = 256
 
 SUMS = 3
-"""Sums that the backward keeps for each channel: of v, of v*t, of t."""
+"""Sums that the backward keeps for each channel: of v, of v*t, of t; under a mask also the count."""

@@ -1,14 +1,15 @@
 """Kernels for count, mean and sum of squared deviations of a block of x, and their merge.
 
-A partial is four float64: count, mean (high part), mean (low part), m2. A block is read from cache twice at most,
-memory once.
+A partial is four float64: count, mean (high part), mean (low part), m2. A block is read from memory once, and once more
+from cache where the first way lost too much.
 
-float32 lanes (float16, bfloat16, float32, small integers): float64 sums of d = x - shift and d*d, where shift is
-the block's first element. The variance loses at most a factor `elements of the block` of float64's 2^-53, so BLOCK
-= 4096 keeps 1e-12. float64 lanes: the block's mean first, then sums of d and d*d about it; the sum of d is the
-rounding that the mean lost, and makes its low part. x is multiplied by a power of two on the way, which is 1 except
-where squares left float64's range. Merging takes the partials in order: their means relative to the first one's,
-then m2 about the common mean.
+float32 lanes (float16, bfloat16, float32, small integers): float64 sums of x and x*x, 12 Gelem/s; where the mean is
+more than 11 standard deviations, of d = x - shift and d*d, where shift is the block's first element, 8.7 Gelem/s. The
+variance loses at most a factor `elements of the block` of float64's 2^-53 then, so BLOCK = 4096 keeps 1e-12. float64
+lanes: sums of d and d*d about the mean of the block's first elements, and about the mean that this finds where more
+than a bit of m2 cancels; compensated every _STEPS additions. x is multiplied by a power of two on the way, which is 1
+except where squares left float64's range. Merging takes the partials in order: their means relative to the first
+one's, then m2 about the common mean.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from .simd import (
     LANES,
     first_lanes,
     fma,
+    less,
     load_f64,
     reduce_add,
+    reduce_max,
     rounding,
     select,
     splat,
@@ -34,6 +37,8 @@ from .simd import (
 from .words import PARTIAL_BYTES
 
 BLOCK = {"float32": 4096, "float64": 2048}
+PLAIN = 128.0
+"""Sum of squares / m2 up to which both are taken about zero: the values' mean is up to 11 standard deviations."""
 
 _load64, _load64_part = loader("float64", "float64")
 _store64 = storer("float64", "float64")[0]
@@ -53,6 +58,12 @@ def store_partial(where: int, count: float, high: float, low: float, m2: float) 
 
 
 @inner
+def copy_partial(source: int, target: int) -> None:
+    """Copy one partial."""
+    store_partial(target, load_f64(source, 0), load_f64(source, 1), load_f64(source, 2), load_f64(source, 3))
+
+
+@inner
 def two_sum_error(a: float, b: float, total: float) -> float:
     """The rounding error of total = a + b, exactly."""
     kept = total - a
@@ -63,7 +74,7 @@ def two_sum_error(a: float, b: float, total: float) -> float:
 def merge(parts: int, count: int, step: int, out: int) -> None:
     """One partial of `count` ones that lie `step` bytes apart."""
     if count == 1:
-        store_partial(out, load_f64(parts, 0), load_f64(parts, 1), load_f64(parts, 2), load_f64(parts, 3))
+        copy_partial(parts, out)
         return
     total = 0.0
     reference = 0.0
@@ -111,40 +122,57 @@ def add_to(total: int, lost: int, term: Any) -> None:
 
 @cache
 def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
-    """rect(p, rows, row_bytes, cols, scale, scratch, out) -> one partial; columns(...) -> a partial a segment."""
+    """rect(p, rows, row_bytes, cols, scale, scratch, out) -> one partial; columns(...) -> mean and m2 of each."""
     load, load_part = loader(dtype, compute)
     double = compute == "float64"
     block = BLOCK[compute]
     step = LANES * itemsize
 
     @inner
-    def mean_estimate(p: int, rows: int, row_bytes: int, cols: int, scale: float) -> float:
-        factor = splat(scale)
+    def head_mean(p: int, cols: int, scale: float) -> float:
+        # of the first elements: near enough to the mean that little cancels
+        count = min(cols, 4 * LANES)
+        total = splat(0.0)
+        for j in range(0, count, LANES):
+            total = fma(widen(load_part(p + j * itemsize, min(LANES, count - j))), splat(scale), total)
+        return reduce_add(total) / count
+
+    @inner
+    def plain_moments(p: int, rows: int, row_bytes: int, cols: int, out: int) -> bool:
+        # sums of x and x*x as they are; False where the variance would lose more than 7 of their bits
         sum0 = splat(0.0)
-        sum1 = splat(0.0)
+        sum1 = sum0
+        square0 = sum0
+        square1 = sum0
         for r in range(rows):
             q = p + r * row_bytes
             left = cols
             while left >= 2 * LANES:
-                sum0 = fma(widen(load(q)), factor, sum0)
-                sum1 = fma(widen(load(q + step)), factor, sum1)
+                x0 = widen(load(q))
+                x1 = widen(load(q + step))
+                sum0 += x0
+                sum1 += x1
+                square0 = fma(x0, x0, square0)
+                square1 = fma(x1, x1, square1)
                 q += 2 * step
                 left -= 2 * LANES
             while left > 0:
-                if left >= LANES:
-                    sum0 = fma(widen(load(q)), factor, sum0)
-                else:
-                    sum1 = fma(widen(load_part(q, left)), factor, sum1)
+                x0 = widen(load(q)) if left >= LANES else widen(load_part(q, left))
+                sum0 += x0
+                square0 = fma(x0, x0, square0)
                 q += step
                 left -= LANES
-        return reduce_add(sum0 + sum1) / (rows * cols)
+        n = float(rows * cols)
+        total = reduce_add(sum0 + sum1)
+        mean = total / n
+        squares = reduce_add(square0 + square1)
+        m2 = fma(-total, mean, squares)
+        store_partial(out, n, mean, fma(-mean, n, total) / n, m2)
+        return not (m2 * PLAIN < squares)
 
     @inner
-    def block_moments(p: int, rows: int, row_bytes: int, cols: int, scale: float, out: int) -> None:
-        if double:
-            shift = mean_estimate(p, rows, row_bytes, cols, scale)
-        else:
-            shift = reduce_add(widen(load_part(p, 1)))
+    def shifted_moments(p: int, rows: int, row_bytes: int, cols: int, scale: float, shift: float, out: int) -> bool:
+        # sums of d = x - shift and d*d; False where more than a bit of m2 cancels
         factor = splat(scale)
         minus = splat(-shift)
         zero = splat(0.0)
@@ -211,35 +239,33 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
         total = reduce_add(sum0 + sum1)
         offset = total / n
         high = shift + offset
-        m2 = reduce_add(square0 + square1) - total * offset
+        squares = reduce_add(square0 + square1)
+        m2 = squares - total * offset
         if m2 < 0.0:
             m2 = 0.0
         store_partial(out, n, high, two_sum_error(shift, offset, high), m2)
+        return not (2.0 * m2 < squares)
+
+    @inner
+    def block_moments(p: int, rows: int, row_bytes: int, cols: int, scale: float, out: int) -> None:
+        if double:
+            shift = head_mean(p, cols, scale)
+            if not shifted_moments(p, rows, row_bytes, cols, scale, shift, out):
+                shifted_moments(p, rows, row_bytes, cols, scale, load_f64(out, 1), out)
+        elif not plain_moments(p, rows, row_bytes, cols, out):
+            shifted_moments(p, rows, row_bytes, cols, 1.0, reduce_add(widen(load_part(p, 1))), out)
 
     @inner
     def rect(p: int, rows: int, row_bytes: int, cols: int, scale: float, scratch: int, out: int) -> None:
-        if rows * cols <= block:
-            block_moments(p, rows, row_bytes, cols, scale, out)
-            return
+        width = min(block, cols)
+        height = max(block // cols, 1)
         count = 0
-        if cols >= block:
-            for r in range(rows):
-                start = 0
-                while start < cols:
-                    width = min(block, cols - start)
-                    where = p + r * row_bytes + start * itemsize
-                    block_moments(where, 1, row_bytes, width, scale, scratch + count * PARTIAL_BYTES)
-                    count += 1
-                    start += block
-        else:
-            together = block // cols
-            start = 0
-            while start < rows:
-                height = min(together, rows - start)
-                where = p + start * row_bytes
-                block_moments(where, height, row_bytes, cols, scale, scratch + count * PARTIAL_BYTES)
+        for row in range(0, rows, height):
+            for start in range(0, cols, width):
+                where = p + row * row_bytes + start * itemsize
+                part = scratch + count * PARTIAL_BYTES
+                block_moments(where, min(height, rows - row), row_bytes, min(width, cols - start), scale, part)
                 count += 1
-                start += together
         merge(scratch, count, PARTIAL_BYTES, out)
 
     @inner
@@ -249,49 +275,37 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
         return widen(load_part(p, left))
 
     @inner
-    def columns(p: int, rows: int, row_bytes: int, cols: int, scale: float, scratch: int, width: int, out: int) -> None:
-        # scratch: three float64 arrays of `padded` columns (five in float64); a segment is `width` columns and
-        # gets one partial at out
+    def add_columns(
+        p: int, rows: int, row_bytes: int, cols: int, factor: Any, shifts: int, sums: int, squares: int, lost: int,
+        plain: bool,
+    ) -> None:  # fmt: skip
+        # sums of d = x - shift (plain: of x) and of d*d, column by column
         padded = (cols + LANES - 1) // LANES * LANES
-        shifts = scratch
-        sums = shifts + 8 * padded
-        squares = sums + 8 * padded
-        lost = squares + 8 * padded  # of the sums, then of the squares: float64 only
-        factor = splat(scale)
         zero = splat(0.0)
-        n = splat(float(rows))
-        for j in range(0, cols, LANES):
-            _store64(shifts + 8 * j, lanes_at(p + j * itemsize, cols - j) * factor)
-            _store64(sums + 8 * j, zero)
-            _store64(squares + 8 * j, zero)
-            if double:
-                _store64(lost + 8 * j, zero)
-                _store64(lost + 8 * (padded + j), zero)
-        if double:
-            for r in range(rows):
-                for j in range(0, cols, LANES):
-                    x = lanes_at(p + r * row_bytes + j * itemsize, cols - j)
-                    _store64(sums + 8 * j, fma(x, factor, _load64(sums + 8 * j)))
-            for j in range(0, cols, LANES):
-                _store64(shifts + 8 * j, _load64(sums + 8 * j) / n)
-                _store64(sums + 8 * j, zero)
-        whole = rows // _ROWS * _ROWS
-        for r0 in range(0, whole, _ROWS):
-            q = p + r0 * row_bytes
+        done = 0
+        while done < rows:
+            here = min(_ROWS, rows - done)
+            q = p + done * row_bytes
             left = cols
             j = 0
             while left > 0:
                 s = zero
                 square = zero
-                shift = _load64(shifts + 8 * j)
-                for r in range(_ROWS):
-                    if left >= LANES:
-                        x = widen(load(q + r * row_bytes))
-                    else:
-                        x = widen(load_part(q + r * row_bytes, left))
-                    d = fma(x, factor, zero - shift)
-                    s += d
-                    square = fma(d, d, square)
+                minus = zero - _load64(shifts + 8 * j)
+                if here == _ROWS and left >= LANES:
+                    for r in range(_ROWS):
+                        d = widen(load(q + r * row_bytes))
+                        if not plain:
+                            d = fma(d, factor, minus)
+                        s += d
+                        square = fma(d, d, square)
+                else:
+                    for r in range(here):
+                        d = lanes_at(q + r * row_bytes, left)
+                        if not plain:
+                            d = fma(d, factor, minus)
+                        s += d
+                        square = fma(d, d, square)
                 if double:
                     add_to(sums + 8 * j, lost + 8 * j, s)
                     add_to(squares + 8 * j, lost + 8 * (padded + j), square)
@@ -301,12 +315,15 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
                 q += step
                 j += LANES
                 left -= LANES
-        for r in range(whole, rows):
-            for j in range(0, cols, LANES):
-                d = fma(lanes_at(p + r * row_bytes + j * itemsize, cols - j), factor, zero - _load64(shifts + 8 * j))
-                _store64(sums + 8 * j, _load64(sums + 8 * j) + d)
-                _store64(squares + 8 * j, fma(d, d, _load64(squares + 8 * j)))
-        # a column's mean in two parts (shifts, sums) and its m2 (squares)
+            done += here
+
+    @inner
+    def column_moments(shifts: int, sums: int, squares: int, lost: int, rows: int, cols: int) -> bool:
+        # mean in two parts (shifts, sums) and m2 (squares) of each column; whether the shifts were good enough
+        padded = (cols + LANES - 1) // LANES * LANES
+        zero = splat(0.0)
+        n = splat(float(rows))
+        cancelled = zero
         for j in range(0, cols, LANES):
             shift = _load64(shifts + 8 * j)
             s = _load64(sums + 8 * j)
@@ -318,12 +335,48 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
             high = shift + offset
             kept = high - shift
             low = (shift - (high - kept)) + (offset - kept)
+            m2 = vector_max(square - s * offset, zero)
+            cancelled = select(less(m2 * splat(2.0 if double else PLAIN), square), splat(1.0), cancelled)
             _store64(shifts + 8 * j, high)
             _store64(sums + 8 * j, low)
-            _store64(squares + 8 * j, vector_max(square - s * offset, zero))
-        for first in range(0, cols, width):
-            segment_partial(shifts + 8 * first, sums + 8 * first, squares + 8 * first, width, float(rows), out)
-            out += PARTIAL_BYTES
+            _store64(squares + 8 * j, m2)
+        return reduce_max(cancelled) == 0.0
+
+    @inner
+    def clear(where: int, cols: int) -> None:
+        for j in range(0, cols, LANES):
+            _store64(where + 8 * j, splat(0.0))
+
+    @inner
+    def columns(p: int, rows: int, row_bytes: int, cols: int, scale: float, scratch: int) -> None:
+        # scratch: three float64 arrays of `padded` columns (five in float64), then mean, its low part and m2 of each
+        padded = (cols + LANES - 1) // LANES * LANES
+        shifts = scratch
+        sums = shifts + 8 * padded
+        squares = sums + 8 * padded
+        lost = squares + 8 * padded  # of the sums, then of the squares: float64 only
+        factor = splat(scale)
+        good = False
+        tried = not double  # a second time about the means that the first one found
+        if not double:
+            clear(scratch, 3 * padded)
+            add_columns(p, rows, row_bytes, cols, factor, shifts, sums, squares, lost, True)
+            good = column_moments(shifts, sums, squares, lost, rows, cols)
+            if not good:
+                for j in range(0, cols, LANES):
+                    _store64(shifts + 8 * j, lanes_at(p + j * itemsize, cols - j))
+        else:
+            head = min(rows, _ROWS)
+            for j in range(0, cols, LANES):
+                total = splat(0.0)
+                for r in range(head):
+                    total = fma(lanes_at(p + r * row_bytes + j * itemsize, cols - j), factor, total)
+                _store64(shifts + 8 * j, total / splat(float(head)))
+        while not good:
+            clear(sums, (4 if double else 2) * padded)
+            add_columns(p, rows, row_bytes, cols, factor, shifts, sums, squares, lost, False)
+            good = column_moments(shifts, sums, squares, lost, rows, cols) or tried
+            tried = True
 
     return rect, columns
 

@@ -1,0 +1,155 @@
+"""dx of a run of one channel, or of rows with coefficients element by element: the loops of the backward's last phase.
+
+x and dy are read once and dx written once: dx = POWER * (A*dz + B*t + C), with t = x_hat / RATIO and dz = dy * act'(z).
+Under a mask B*t + C is for the elements that are kept.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from .activate import activation_kernels
+from .apply import HEAD_FROM
+from .compile import inner
+from .convert import loader, mask_loader, storer, to_compute
+from .simd import LANES, fma, select
+from .statistics import itemsize
+
+_ROWS = 4
+_ALIGN_FROM = 256
+
+
+@cache
+def apply_kernels(x: str, y: str, compute: str, activation: str | None, masked: bool) -> tuple[Any, Any]:
+    """run(...) for dx of a run of one channel, rows(...) with coefficients element by element."""
+    load_mask, load_mask_part = mask_loader()
+    load_x, load_x_part = loader(x, compute)
+    load_v, load_v_part = loader(y, compute)
+    load_c, _ = loader(compute, compute)
+    store, store_part, store_stream = storer(y, compute)
+    slope = activation_kernels(compute, activation)[1]
+    active = activation is not None
+    lanes = to_compute(compute)
+    x_size, y_size = itemsize(x), itemsize(y)
+    c_size = 4 if compute == "float32" else 8
+    alignment = min(64, LANES * y_size)
+
+    @inner
+    def gradient(xv: Any, v: Any, pm: int, p: Any, h: Any, m: Any, a: Any, b: Any, c: Any, shift: Any) -> Any:
+        t = fma(xv, p, h) + m
+        if active:
+            v = slope(v, fma(t, a, shift))
+        rest = fma(b, t, c)
+        if masked:
+            rest = select(load_mask(pm), rest, lanes(0.0))
+        return fma(a, v, rest) * p
+
+    @inner
+    def gradient_part(
+        xv: Any, v: Any, pm: int, left: int, p: Any, h: Any, m: Any, a: Any, b: Any, c: Any, shift: Any
+    ) -> Any:
+        t = fma(xv, p, h) + m
+        if active:
+            v = slope(v, fma(t, a, shift))
+        rest = fma(b, t, c)
+        if masked:
+            rest = select(load_mask_part(pm, left), rest, lanes(0.0))
+        return fma(a, v, rest) * p
+
+    @inner
+    def run(
+        px: int, pv: int, pm: int, py: int, count: int, p: Any, h: Any, m: Any, b: Any, c: Any, scale: float,
+        shift: float, stream: bool,
+    ) -> None:  # fmt: skip
+        a = lanes(scale)
+        s = lanes(shift)
+        if count >= _ALIGN_FROM:
+            head = (-py & (alignment - 1)) // y_size
+            if head > 0:
+                v = gradient_part(load_x_part(px, head), load_v_part(pv, head), pm, head, p, h, m, a, b, c, s)
+                store_part(py, v, head)
+                px += head * x_size
+                pv += head * y_size
+                pm += head
+                py += head * y_size
+                count -= head
+            if stream and py & (alignment - 1) == 0:
+                while count >= LANES:
+                    store_stream(py, gradient(load_x(px), load_v(pv), pm, p, h, m, a, b, c, s))
+                    px += LANES * x_size
+                    pv += LANES * y_size
+                    pm += LANES
+                    py += LANES * y_size
+                    count -= LANES
+        while count >= LANES:
+            store(py, gradient(load_x(px), load_v(pv), pm, p, h, m, a, b, c, s))
+            px += LANES * x_size
+            pv += LANES * y_size
+            pm += LANES
+            py += LANES * y_size
+            count -= LANES
+        if count > 0:
+            v = gradient_part(load_x_part(px, count), load_v_part(pv, count), pm, count, p, h, m, a, b, c, s)
+            store_part(py, v, count)
+
+    @inner
+    def some_rows(
+        px: int, x_step: int, pv: int, v_step: int, pm: int, m_step: int, py: int, y_step: int, rows: int, cols: int,
+        coefficients: int, each: int, stream: bool, head: int,
+    ) -> None:  # fmt: skip
+        left = cols
+        width = head
+        while left > 0:
+            p = load_c(coefficients)
+            h = load_c(coefficients + each)
+            m = load_c(coefficients + 2 * each)
+            a = load_c(coefficients + 3 * each)
+            s = load_c(coefficients + 4 * each)
+            b = load_c(coefficients + 5 * each)
+            c = load_c(coefficients + 6 * each)
+            if width == 0:
+                width = min(left, LANES)
+            if width < LANES:
+                for r in range(rows):
+                    xr = load_x_part(px + r * x_step, width)
+                    v = load_v_part(pv + r * v_step, width)
+                    v = gradient_part(xr, v, pm + r * m_step, width, p, h, m, a, b, c, s)
+                    store_part(py + r * y_step, v, width)
+            elif stream:
+                for r in range(rows):
+                    xr = load_x(px + r * x_step)
+                    v = gradient(xr, load_v(pv + r * v_step), pm + r * m_step, p, h, m, a, b, c, s)
+                    store_stream(py + r * y_step, v)
+            else:
+                for r in range(rows):
+                    xr = load_x(px + r * x_step)
+                    v = gradient(xr, load_v(pv + r * v_step), pm + r * m_step, p, h, m, a, b, c, s)
+                    store(py + r * y_step, v)
+            coefficients += width * c_size
+            px += width * x_size
+            pv += width * y_size
+            pm += width
+            py += width * y_size
+            left -= width
+            width = 0
+
+    @inner
+    def rows_kernel(
+        px: int, x_step: int, pv: int, v_step: int, pm: int, m_step: int, py: int, y_step: int, rows: int, cols: int,
+        coefficients: int, each: int, stream: bool,
+    ) -> None:  # fmt: skip
+        head = 0  # as in the forward's apply
+        if stream and cols >= HEAD_FROM and y_step & (alignment - 1) == 0:
+            head = (-py & (alignment - 1)) // y_size
+        streams = stream and ((py + head * y_size) | y_step) & (alignment - 1) == 0
+        done = 0
+        while done < rows:
+            here = min(_ROWS, rows - done)
+            some_rows(
+                px + done * x_step, x_step, pv + done * v_step, v_step, pm + done * m_step, m_step,
+                py + done * y_step, y_step, here, cols, coefficients, each, streams, head,
+            )  # fmt: skip
+            done += here
+
+    return run, rows_kernel

@@ -1,0 +1,207 @@
+"""Label groups: partials and sums of single channels, sorted by group, merged so that the channels' order is nothing.
+
+A task is all channels of a sample. Its statistics are kept channel by channel, four float64 arrays a layer of chunks;
+the layers are merged for 16 channels at a time, the channels of a group in `exact.py`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from . import words as w
+from .access import word
+from .compile import inner
+from .convert import loader, storer
+from .exact import exact_sum, merge_arrays
+from .masked import finish_columns
+from .simd import (
+    LANES,
+    first_lane,
+    first_lanes,
+    fma,
+    less,
+    load_f64,
+    load_i64,
+    reduce_add,
+    rounding,
+    select,
+    splat,
+    store_f64,
+    widen,
+)
+from .sums import dot, total_of
+
+_load64, _ = loader("float64", "float64")
+_store64 = storer("float64", "float64")[0]
+
+
+@cache
+def short_runs(dtype: str, compute: str, itemsize: int) -> Any:
+    """runs(p, channels, count, scratch): arrays of mean, its low part, m2 and count of channels of few elements.
+
+    One by one they would cost 25 ns each beside their sums.
+    """
+    load, load_part = loader(dtype, compute)
+    double = compute == "float64"
+
+    @inner
+    def lanes_at(p: int, left: int) -> Any:
+        if left >= LANES:
+            return widen(load(p))
+        return widen(load_part(p, left))
+
+    @inner
+    def runs(p: int, channels: int, count: int, scratch: int) -> None:
+        padded = 8 * ((channels + LANES - 1) // LANES * LANES)
+        zero = splat(0.0)
+        whole = count // LANES * LANES
+        tail = first_lanes(count - whole)
+        n = float(count)
+        for c in range(channels):
+            q = p + c * count * itemsize
+            if double:
+                total = zero
+                for j in range(0, count, LANES):
+                    total += lanes_at(q + j * itemsize, count - j)
+                shift = reduce_add(total) / n
+            else:
+                shift = first_lane(widen(load_part(q, 1)))
+            minus = splat(-shift)
+            total = zero
+            square = zero
+            for j in range(0, whole, LANES):
+                d = widen(load(q + j * itemsize)) + minus
+                total += d
+                square = fma(d, d, square)
+            if whole < count:
+                d = select(tail, widen(load_part(q + whole * itemsize, count - whole)) + minus, zero)
+                total += d
+                square = fma(d, d, square)
+            store_f64(scratch, c, shift)
+            store_f64(scratch + padded, c, reduce_add(total))
+            store_f64(scratch + 2 * padded, c, reduce_add(square))
+            store_f64(scratch + 3 * padded, c, n)
+        finish_columns(scratch, channels)
+
+    return runs
+
+
+@inner
+def merge_layers(parts: int, layers: int, padded: int, channels: int, out: int) -> None:
+    """Arrays of count, mean, its low part and m2 over the channels from those of the layers, in order."""
+    zero = splat(0.0)
+    layer_bytes = 4 * padded
+    for c in range(0, 8 * channels, 8 * LANES):
+        total = _load64(parts + c)
+        reference = _load64(parts + padded + c)
+        for k in range(1, layers):
+            at = parts + k * layer_bytes + c
+            n = _load64(at)
+            reference = select(less(zero, total), reference, _load64(at + padded))
+            total += n
+        offset = zero
+        lost = zero
+        for k in range(layers):
+            at = parts + k * layer_bytes + c
+            n = _load64(at)
+            d = (_load64(at + padded) - reference) + _load64(at + 2 * padded)
+            term = select(less(zero, n), n * d, zero)
+            moved = offset + term
+            lost += rounding(offset, term, moved)
+            offset = moved
+        offset = select(less(zero, total), (offset + lost) / total, zero)
+        high = reference + offset
+        low = rounding(reference, offset, high)
+        m2 = zero
+        lost = zero
+        for k in range(layers):
+            at = parts + k * layer_bytes + c
+            n = _load64(at)
+            d = (_load64(at + padded) - high) + (_load64(at + 2 * padded) - low)
+            term = select(less(zero, n), fma(n * d, d, _load64(at + 3 * padded)), zero)
+            moved = m2 + term
+            lost += rounding(m2, term, moved)
+            m2 = moved
+        _store64(out + c, total)
+        _store64(out + padded + c, high)
+        _store64(out + 2 * padded + c, low)
+        _store64(out + 3 * padded + c, m2 + lost)
+
+
+@inner
+def sort_partials(geometry: int, store: int, scratch: int) -> None:
+    """A task's partials, merged over the layers and sorted by group, into the scratch memory."""
+    padded = 8 * word(geometry, w.PADDED_WIDTH)
+    channels = word(geometry, w.C)
+    order = word(geometry, w.ORDER)
+    merged = scratch + word(geometry, w.BLOCKS_AT) + 64
+    ordered = merged + 4 * padded
+    merge_layers(store + word(geometry, w.PARTIALS_AT), word(geometry, w.LAYERS), padded, channels, merged)
+    for j in range(channels):
+        c = load_i64(order, j)
+        store_f64(ordered, j, load_f64(merged, c))
+        store_f64(ordered + padded, j, load_f64(merged + padded, c))
+        store_f64(ordered + 2 * padded, j, load_f64(merged + 2 * padded, c))
+        store_f64(ordered + 3 * padded, j, load_f64(merged + 3 * padded, c))
+
+
+@inner
+def merge_label(geometry: int, group: int, scratch: int, out: int) -> None:
+    """Partial of a group from those of its channels, sorted before."""
+    padded = 8 * word(geometry, w.PADDED_WIDTH)
+    bounds = word(geometry, w.BOUNDS)
+    first = load_i64(bounds, group)
+    at = scratch + word(geometry, w.BLOCKS_AT) + 64 + 4 * padded + 8 * first
+    merge_arrays(at, at + padded, at + 2 * padded, at + 3 * padded, load_i64(bounds, group + 1) - first, out)
+
+
+@cache
+def group_sums(labelled: bool) -> tuple[Any, Any, Any]:
+    """Sums over the channels of a group of a bundle.
+
+    channels_of(geometry, group) -> the first of its places, and how many; channel_at(geometry, place);
+    over_group(geometry, group, values, weight, scratch) -> sum of values, times weight where that is no null address.
+    """
+    if labelled:
+
+        @inner
+        def channels_of(geometry: int, group: int) -> Any:
+            bounds = word(geometry, w.BOUNDS)
+            first = load_i64(bounds, group)
+            return first, load_i64(bounds, group + 1) - first
+
+        @inner
+        def channel_at(geometry: int, place: int) -> int:
+            return load_i64(word(geometry, w.ORDER), place)
+
+        @inner
+        def over_group(geometry: int, group: int, values: int, weight: int, scratch: int) -> float:
+            order = word(geometry, w.ORDER)
+            first, count = channels_of(geometry, group)
+            terms = scratch + word(geometry, w.BLOCKS_AT) + 64
+            for k in range(count):
+                c = load_i64(order, first + k)
+                factor = 1.0 if weight == 0 else load_f64(weight, c)
+                store_f64(terms, k, factor * load_f64(values, c))
+            return exact_sum(terms, count)
+
+        return channels_of, channel_at, over_group
+
+    @inner
+    def equal_channels_of(geometry: int, group: int) -> Any:
+        size = word(geometry, w.GROUP_CHANNELS)
+        return group * size, size
+
+    @inner
+    def same_channel(geometry: int, place: int) -> int:
+        return place
+
+    @inner
+    def over_equal_group(geometry: int, group: int, values: int, weight: int, scratch: int) -> float:
+        first, size = equal_channels_of(geometry, group)
+        if weight == 0:
+            return total_of(values + 8 * first, size)
+        return dot(weight + 8 * first, values + 8 * first, size)
+
+    return equal_channels_of, same_channel, over_equal_group

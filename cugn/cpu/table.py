@@ -1,0 +1,212 @@
+"""The backward of one sample of a table (S = 1: cells x genes, layer norm): group by group, all of it while in L1.
+
+A channel's sum over a sample is one element here, so nothing is kept between passes but the sums over the group:
+dweight and dbias of the sample are added at once to the partial sums of its part of the batch.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from . import words as w
+from .access import word
+from .activate import activation_kernels
+from .block_moments import add_to
+from .compile import inner
+from .convert import loader, storer, to_compute
+from .simd import (
+    LANES,
+    first_lanes,
+    fma,
+    load_f64,
+    load_i64,
+    reduce_add,
+    rounding,
+    select,
+    splat,
+    store_f64,
+    store_i64,
+    widen,
+)
+from .statistics import itemsize, record_writer
+
+_X, _DY, _OUT = 0, 1, 2  # positions among the arrays of the geometry
+_load64, _load64_part = loader("float64", "float64")
+_store64, _store64_part, _ = storer("float64", "float64")
+
+
+@cache
+def sample_kernel(x: str, y: str, compute: str, activation: str | None) -> Any:
+    """sample(geometry, call, n, scratch): dx of a sample, and what it adds to dweight and dbias."""
+    load_x, load_x_part = loader(x, compute)
+    load_v, load_v_part = loader(y, compute)
+    load_c, _ = loader(compute, compute)
+    store_c, _, _ = storer(compute, "float64")
+    store, store_part, _ = storer(y, compute)
+    slope = activation_kernels(compute, activation)[1]
+    active = activation is not None
+    fill = record_writer(compute)
+    lanes = to_compute(compute)
+    double = compute == "float64"
+    exact = y == "float64"
+    x_size, y_size = itemsize(x), itemsize(y)
+    c_size = 8 if double else 4
+
+    @inner
+    def parameters(geometry: int, call: int, scratch: int) -> None:
+        # weight and bias in lanes of the compute dtype, once for each participant
+        if load_i64(call, w.CALL_EXPANDED) == 0:
+            return
+        store_i64(call, w.CALL_EXPANDED, 0)
+        target = scratch + word(geometry, w.COEFFICIENTS_AT)
+        each = word(geometry, w.COEFFICIENT_BYTES)
+        for c in range(0, word(geometry, w.C), LANES):
+            store_c(target + c * c_size, _load64(scratch + word(geometry, w.WEIGHT_AT) + 8 * c))
+            store_c(target + each + c * c_size, _load64(scratch + word(geometry, w.BIAS_AT) + 8 * c))
+
+    @inner
+    def element_x(px: int, j: int, left: int) -> Any:
+        if left >= LANES:
+            return load_x(px + j * x_size)
+        return load_x_part(px + j * x_size, left)
+
+    @inner
+    def element_v(pv: int, j: int, left: int) -> Any:
+        if left >= LANES:
+            return load_v(pv + j * y_size)
+        return load_v_part(pv + j * y_size, left)
+
+    @inner
+    def add(high: int, low: int, term: Any, left: int) -> None:
+        # nothing beyond `left` is touched: it may be another participant's
+        if exact:
+            if left >= LANES:
+                add_to(high, low, term)
+                return
+            before = _load64_part(high, left)
+            moved = before + term
+            _store64_part(low, _load64_part(low, left) + rounding(before, term, moved), left)
+            _store64_part(high, moved, left)
+        elif left >= LANES:
+            _store64(high, _load64(high) + term)
+        else:
+            _store64_part(high, _load64_part(high, left) + term, left)
+
+    @inner
+    def gradients(px: int, pv: int, size: int, weight: int, bias: int, record: int, db: int, dw: int, at: int) -> None:
+        # sums over the group into the record; dbias and dweight of the sample to db and dw, their rounding `at` behind
+        p = lanes(load_f64(record, w.POWER))
+        h = lanes(load_f64(record, w.MINUS_HIGH))
+        zero = splat(0.0)
+        if double:
+            # the mean again, from the sum of x - mean: one float64 loses 1e6 ulp at mean/std 1e6
+            m = lanes(load_f64(record, w.MINUS_LOW))
+            total = zero
+            lost = zero
+            for j in range(0, size, LANES):
+                t = widen(fma(element_x(px, j, size - j), p, h) + m)
+                t = select(first_lanes(min(size - j, LANES)), t, zero)
+                moved = total + t
+                lost += rounding(total, t, moved)
+                total = moved
+            mean_t = (reduce_add(total) + reduce_add(lost)) / size
+            store_f64(record, w.MINUS_LOW, load_f64(record, w.MINUS_LOW) - mean_t)
+        m = lanes(load_f64(record, w.MINUS_LOW))
+        ratio = load_f64(record, w.RATIO)
+        scale = lanes(ratio)
+        wide = splat(ratio)
+        sum_v = zero
+        sum_vt = zero
+        lost_v = zero
+        lost_vt = zero
+        for j in range(0, size, LANES):
+            left = size - j
+            v = element_v(pv, j, left)
+            t = fma(element_x(px, j, left), p, h) + m
+            a = load_c(weight + j * c_size)
+            if active:
+                v = slope(v, fma(t, a * scale, load_c(bias + j * c_size)))
+            v64 = widen(v)
+            t64 = widen(t)
+            if left < LANES:
+                # 0 * t must not bring in an infinite t, nor the next group's weight
+                v64 = select(first_lanes(left), v64, zero)
+                t64 = select(first_lanes(left), t64, zero)
+            add(db + 8 * j, db + at + 8 * j, v64, left)
+            add(dw + 8 * j, dw + at + 8 * j, v64 * (t64 * wide), left)
+            wv = v64 * widen(a)
+            if left < LANES:
+                wv = select(first_lanes(left), wv, zero)
+            if exact:
+                moved = sum_v + wv
+                lost_v += rounding(sum_v, wv, moved)
+                sum_v = moved
+                term = wv * t64
+                moved = sum_vt + term
+                lost_vt += rounding(sum_vt, term, moved)
+                sum_vt = moved
+            else:
+                sum_v += wv
+                sum_vt = fma(wv, t64, sum_vt)
+        total = reduce_add(sum_v)
+        total_t = reduce_add(sum_vt)
+        if exact:
+            total += reduce_add(lost_v)
+            total_t += reduce_add(lost_vt)
+        store_f64(record, w.OFFSET, -ratio * (total / size))
+        store_f64(record, w.SLOPE, -ratio * ratio * ratio * (total_t / size))
+
+    @inner
+    def apply(px: int, pv: int, py: int, size: int, weight: int, bias: int, record: int) -> None:
+        p = lanes(load_f64(record, w.POWER))
+        h = lanes(load_f64(record, w.MINUS_HIGH))
+        m = lanes(load_f64(record, w.MINUS_LOW))
+        ratio = lanes(load_f64(record, w.RATIO))
+        b = lanes(load_f64(record, w.SLOPE))
+        c = lanes(load_f64(record, w.OFFSET))
+        for j in range(0, size, LANES):
+            left = size - j
+            v = element_v(pv, j, left)
+            t = fma(element_x(px, j, left), p, h) + m
+            a = load_c(weight + j * c_size) * ratio
+            if active:
+                v = slope(v, fma(t, a, load_c(bias + j * c_size)))
+            dx = fma(a, v, fma(b, t, c)) * p
+            if left >= LANES:
+                store(py + j * y_size, dx)
+            else:
+                store_part(py + j * y_size, dx, left)
+
+    @inner
+    def sample(geometry: int, call: int, n: int, scratch: int) -> None:
+        parameters(geometry, call, scratch)
+        groups = word(geometry, w.GROUPS)
+        size = word(geometry, w.GROUP_CHANNELS)
+        px = load_i64(call, _X) + n * word(geometry, w.ARRAYS + _X * w.ARRAY_WORDS + w.SN)
+        pv = load_i64(call, _DY) + n * word(geometry, w.ARRAYS + _DY * w.ARRAY_WORDS + w.SN)
+        py = load_i64(call, _OUT) + n * word(geometry, w.ARRAYS + _OUT * w.ARRAY_WORDS + w.SN)
+        mean = load_i64(call, w.CALL_MEAN) + 8 * n * groups
+        rstd = load_i64(call, w.CALL_RSTD) + 8 * n * groups
+        weight = scratch + word(geometry, w.COEFFICIENTS_AT)
+        bias = weight + word(geometry, w.COEFFICIENT_BYTES)
+        record = scratch + word(geometry, w.OWN_RECORDS_AT)
+        part = word(geometry, w.GRADIENT_BYTES)
+        db = load_i64(call, w.CALL_WORK) + word(geometry, w.GRADIENTS_AT) + n // word(geometry, w.PART_SAMPLES) * part
+        dw = db + part // 2
+        for g in range(groups):
+            c = g * size
+            fill(record, load_f64(mean, g), 0.0, 1.0, load_f64(rstd, g), 1.0)
+            gradients(
+                px + c * x_size, pv + c * y_size, size, weight + c * c_size, bias + c * c_size, record,
+                db + 8 * c, dw + 8 * c, part // 4,
+            )  # fmt: skip
+            if size == 1:  # dx is exactly 0
+                store_f64(record, w.RATIO, 0.0)
+                store_f64(record, w.SLOPE, 0.0)
+                store_f64(record, w.OFFSET, 0.0)
+            apply(
+                px + c * x_size, pv + c * y_size, py + c * y_size, size, weight + c * c_size, bias + c * c_size, record
+            )
+
+    return sample

@@ -1,0 +1,107 @@
+"""Promise: the ways that the compiled engine chooses among, by data and shape, keep the accuracy and the bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from libraries import FLOATS, dtype_of, threads
+
+import cugn
+
+FACTOR = {"float16": 4, "bfloat16": 4, "float32": 4, "float64": 8}
+TABLES = [(64, 256, 32), (5, 30, 5), (7, 30, 30), (3, 1000, 1), (100, 513, 3), (300, 96, 2), (2, 4099, 1)]
+
+
+def check(result: Any, expected: oracle.Backward, dtype: str) -> None:
+    """The bounds of the backward, with an ulp of x_hat's mean for channels whose x_hat is next to 0."""
+    factor = FACTOR[dtype] * oracle.epsilon(dtype_of(dtype))
+    for name, scale in (("dx", expected.group_max), ("dweight", expected.dweight_terms + expected.dbias_terms)):
+        error = np.abs(getattr(result, name).astype(np.float64).astype(oracle.LONG) - getattr(expected, name))
+        assert (error <= factor * scale).all(), name
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("samples", "channels", "groups"), TABLES)
+def test_tables(dtype: str, samples: int, channels: int, groups: int) -> None:
+    """The backward of a table, which is done sample by sample, with the statistics given and not."""
+    rng = np.random.default_rng(samples)
+    x, dy = ((rng.normal(size=(samples, channels)) + 2).astype(dtype_of(dtype)) for _ in range(2))
+    weight = rng.normal(size=channels).astype(dtype_of(dtype))
+    expected = oracle.backward(dy, x, groups, weight)
+    _, mean, rstd = cugn.group_norm_forward(x, groups, weight)
+    for given in ({}, {"mean": mean, "rstd": rstd}):
+        with threads(1):
+            result = cugn.group_norm_backward(dy, x, groups, weight, **given)
+        check(result, expected, dtype)
+        if channels == groups:
+            assert not np.any(result.dx)
+        for count in (2, 5):
+            with threads(count):
+                again = cugn.group_norm_backward(dy, x, groups, weight, **given)
+            assert [a.tobytes() for a in again] == [a.tobytes() for a in result]
+        one = cugn.group_norm_backward(
+            dy[1:2], x[1:2], groups, weight, **{name: value[1:2] for name, value in given.items()}
+        )
+        assert one.dx.tobytes() == result.dx[1:2].tobytes()
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize("shape", [(2, 8, 33), (3, 48), (2, 6, 9, 50)])
+@pytest.mark.parametrize("last", [False, True])
+def test_sums_that_float32_cannot_hold(shape: tuple[int, ...], last: bool, activation: str | None) -> None:
+    """dy next to the end of float32's range: two terms of a chain overflow, the sums and dx do not."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=shape).astype(np.float32)
+    dy = (rng.choice([-1, 1], size=shape) * rng.uniform(2e38, 3e38, size=shape)).astype(np.float32)
+    x[1], dy[1], dy[2:] = x[0], -dy[0], 0  # what dweight and dbias sum over the batch is in range again
+    weight = np.full(shape[1], 1e-3, np.float32)
+    if last:
+        x, dy = (np.moveaxis(np.ascontiguousarray(np.moveaxis(v, 1, -1)), -1, 1) for v in (x, dy))
+    result = cugn.group_norm_backward(dy, x, 2, weight, activation=activation)
+    expected = oracle.backward(dy, x, 2, weight, activation=activation)
+    error = np.abs(result.dx.astype(oracle.LONG) - expected.dx)
+    assert (error <= 4 * oracle.epsilon(np.float32) * expected.terms).all()
+    for name in ("dweight", "dbias"):
+        error = np.abs(getattr(result, name).astype(oracle.LONG) - getattr(expected, name))
+        assert (error <= 4 * oracle.epsilon(np.float32) * getattr(expected, f"{name}_terms")).all(), name
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64])
+def test_statistics_on_both_sides_of_the_limits(dtype: Any, last: bool) -> None:
+    """Mean/std where sums about zero give way to sums about a shift, block by block: none may lose digits."""
+    rng = np.random.default_rng(7)
+    wide_range = (1e3, 1e5) if np.dtype(dtype).itemsize > 2 else ()
+    for ratio in (0.0, 0.9, 1.1, 10.0, 11.3, 11.4, 12.0, 40.0, *wide_range):
+        x = (rng.normal(size=(1, 4, 40, 70)) + ratio).astype(dtype)
+        x[:, 1] = dtype(ratio)  # a channel of one value, which is a block of its own
+        if last:
+            x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
+        _, mean, rstd = cugn.group_norm_forward(x, 2, eps=0)
+        wide = x.astype(oracle.LONG).reshape(1, 2, -1)
+        expected = wide.mean(-1)
+        std = wide.std(-1)
+        tolerance = 2.0**-44
+        assert (np.abs(mean - expected) <= tolerance * (np.abs(expected) + std)).all(), ratio
+        assert (np.abs(rstd * std - 1) <= 130 * tolerance).all(), ratio
+
+
+def test_a_second_caller_does_not_wait_for_helpers() -> None:
+    """While one call has the helpers, another one does its work alone: same bits, and neither waits for the other."""
+    from cugn import threads as pool
+    from cugn.cpu import words
+
+    x = np.random.default_rng(0).normal(size=(8, 32, 64, 64)).astype(np.float32)
+    with threads(3):
+        expected = cugn.group_norm(x, 8)
+        claimed = (pool._pool.address + words.POOL_CALL - pool._pool.memory.ctypes.data) // 8
+        assert pool._pool.memory[claimed] == 0
+        pool._pool.memory[claimed] = 1  # as if a call were being offered
+        try:
+            assert cugn.group_norm(x, 8).tobytes() == expected.tobytes()
+        finally:
+            pool._pool.memory[claimed] = 0
