@@ -24,7 +24,9 @@ from simt.mutants import Mutant
 from test_accuracy import check_gradients, check_y
 
 import cugn
+from cugn import reference
 from cugn.cuda import compile as cuda
+from cugn.engines import resolve
 
 SMALL_DEVICE = host_cupy.Properties(
     "48 KiB a block", major=7, minor=5, shared_opt_in=48 << 10, shared_per_multiprocessor=64 << 10
@@ -124,7 +126,8 @@ def call(
             )
             check_y(back(host_cupy.to_host(y)), forward, dtype, "y")
             np.testing.assert_allclose(host_cupy.to_host(mean_), forward.mean.astype(float), rtol=1e-6, atol=1e-6 * std)
-            np.testing.assert_allclose(host_cupy.to_host(rstd), forward.rstd.astype(float), rtol=1e-6)
+            with np.errstate(over="ignore"):  # 1e-310 has an infinite one
+                np.testing.assert_allclose(host_cupy.to_host(rstd), forward.rstd.astype(float), rtol=1e-6)
     passes = passes or (2 if small else 1)
     reads = sum(b.read.bytes for launch in launches for name, b in launch.buffers.items() if name in ("x", "dy"))
     assert reads <= 1.02 * passes * x.nbytes * (1 + backward), "more is read than has to be"
@@ -177,6 +180,57 @@ def same_bits() -> None:
             assert of_all[-len(of_one) :] == of_one
 
 
+def ends_of_the_range() -> None:
+    """float64 near its largest values and below its normal ones, in one block and over several, and constant."""
+    with simt.using(flush_subnormals=False):
+        for std, eps in ((4e307, 1e-5), (1e-310, 0.0)):
+            call((1, 4, 100), 2, dtype="float64", mean=0.0, std=std, eps=eps)
+            call((1, 2, 6000), 1, dtype="float64", mean=0.0, std=std, eps=eps, small=True)
+        call((1, 4, 100), 2, dtype="float64", mean=1.7e308, std=0.0)
+        # the parts of a group in two units
+        x = np.random.default_rng(0).normal(size=(1, 1, 12000)) * np.repeat([1e-310, 1.0], 6000)
+        with emulated(SMALL_DEVICE, seed=5):
+            y = host_cupy.to_host(cugn.group_norm(host_cupy.to_device(x), 1))
+        check_y(y, oracle.forward(x, 1), "float64", "parts in two units")
+
+
+def double(
+    shape: tuple[int, ...],
+    groups: Any,
+    *,
+    last: bool = False,
+    masked: bool = False,
+    activation: str | None = None,
+    small: bool = False,
+    dtype: str = "float64",
+) -> None:
+    """One double backward against the reference in float64; x read three times, dy and ddx twice, 16 bytes wide."""
+    x, dy, weight, bias = inputs(shape, dtype, 3.0, 2.0)
+    rng = np.random.default_rng(5)
+    ddx = rng.normal(size=shape).astype(x.dtype)
+    ddweight, ddbias = (rng.normal(size=shape[1]).astype(x.dtype) for _ in range(2))
+    where = rng.random(shape) < 0.6 if masked else None
+    turn = (lambda a: np.ascontiguousarray(np.moveaxis(a, 1, -1))) if last else (lambda a: a)
+    operands = [("ddx", ddx), ("dy", dy), ("weight", weight), ("where", where)]
+    plan = resolve("double_backward", x, groups, operands, 1e-5, 1, 0, activation)[1]
+    wanted = reference.double_backward(plan, ddx, dy, x, weight, bias, ddweight, ddbias, where)
+    with emulated(*([SMALL_DEVICE] if small else []), seed=7), simt.recorded() as launches:
+        U, DY, X, W, B, DW, DB = (
+            host_cupy.to_device(turn(a) if a.ndim > 1 else a) for a in (ddx, dy, x, weight, bias, ddweight, ddbias)
+        )
+        mask = None if where is None else host_cupy.to_device(turn(where))
+        options = {"where": mask, "activation": activation, "channel_axis": -1 if last else 1}
+        found = cugn.group_norm_double_backward(U, DY, X, groups, W, B, ddweight=DW, ddbias=DB, **options)
+        values = [host_cupy.to_host(a) for a in (*found, found.gbias)]
+    for value, expected_value in zip(values, wanted, strict=True):
+        value = np.moveaxis(value, -1, 1) if last and value.ndim > 1 else value
+        error = np.abs(value - expected_value).max()
+        # rounded once from float64 sums of a few thousand products
+        assert error <= 1e-12 * np.abs(expected_value).max(), "double backward"
+    reads = sum(b.read.bytes for launch in launches for n, b in launch.buffers.items() if n in ("x", "dy", "ddx"))
+    assert reads <= 1.02 * 7 * x.nbytes, "more is read than has to be"
+
+
 LABELS = [0, 1, 0, 2, 2, 2, 1, 0, 2, 2, 2, 2]
 
 CHECKS: dict[str, Callable[[], Any]] = {
@@ -200,6 +254,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
         call((1, 2, 6000), 1, dtype="float64", mean=1e12, std=1.0, small=True),
     ),
     "float64, out of range": lambda: call((1, 4, 100), 2, dtype="float64", mean=0.0, std=1e200),
+    "float64, ends of the range": ends_of_the_range,
     "far from zero": lambda: (
         call((2, 4, 300), 2, mean=1e6, std=1.0),
         call((1, 2, 9001), 1, mean=1e6, std=1.0, small=True),
@@ -229,8 +284,25 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "backward labels": lambda: (
         call((2, 12, 35), LABELS, backward=True, small=True, passes=3),
         call((1, 3, 40001), [0, 1, 0], backward=True, small=True, passes=3),
+        # 12 parts a channel and 9 channels in a group: their sums are written by one warp and read by another
+        call((1, 10, 36001), [0] * 9 + [1], dtype="float64", backward=True, small=True, passes=3),
     ),
     "backward silu": lambda: call((2, 6, 35), 3, backward=True, activation="silu"),
+    # an odd number of 2-byte elements a channel: every second channel first
+    "backward float16": lambda: call((4, 24, 35), 24, dtype="float16", backward=True),
+    "double backward": lambda: double((2, 6, 57), 2),
+    "double backward last": lambda: double((2, 24, 37), 8, last=True),
+    "double backward silu": lambda: double((2, 6, 35), 3, activation="silu"),
+    "double backward gelu": lambda: double((2, 6, 35), 3, activation="gelu_tanh", masked=True, last=True),
+    "double backward split": lambda: (
+        double((1, 2, 9001), 1, small=True),
+        double((1, 24, 1201), 2, small=True, last=True, activation="gelu"),
+    ),
+    "double backward labels": lambda: (
+        double((2, 12, 35), LABELS),
+        double((1, 10, 25001), [0] * 9 + [1], small=True),
+    ),
+    "double backward, one element": lambda: double((3, 16, 1), 16),
     "one element": one_element,
     "subnormals": lambda: call((2, 4, 90), 2, mean=0.0, std=3e-44, eps=0.0),
     "same bits": same_bits,
@@ -344,18 +416,23 @@ mutant(
     "first",
 )
 mutant(
-    "no barrier before the scratch is read", "box.cuh", "scratch[2 * warp + 1] = v.b;", "__syncthreads();", "", "split"
+    "no barrier before the scratch is read",
+    "box.cuh",
+    "scratch[MOST_WARPS + warp] = v.b;",
+    "__syncthreads();",
+    "",
+    "split",
 )
 mutant("every lane writes the scratch", "box.cuh", "Pair team_sum(", "if ((threadIdx.x & 31) == 0)", "", "split")
-mutant("the last step of a warp's sum is left out", "box.cuh", "Pair team_sum(", "offset > 0", "offset > 1", "first")
-mutant("a sum over the whole warp", "box.cuh", "Pair team_sum(", "min(team, 32) >> 1", "16", "tiny groups")
-mutant("the last warp is not added", "box.cuh", "Pair team_sum(", "w < first + warps", "w < first + warps - 1", "split")
+mutant("the last step of a warp's sum is missing", "box.cuh", "Pair sum_of_lanes(", "offset > 0", "offset > 1", "first")
+mutant("a sum over the whole warp", "box.cuh", "Pair team_sum(", "min(team, 32)", "32", "tiny groups")
+mutant("the last warp is not added", "box.cuh", "Pair team_sum(", "other]}, warps)", "other]}, warps / 2)", "split")
 mutant(
     "the second sum is the first",
     "box.cuh",
     "Pair team_sum(",
-    "scratch[2 * warp + 1] = v.b",
-    "scratch[2 * warp + 1] = v.a",
+    "scratch[MOST_WARPS + warp] = v.b",
+    "scratch[MOST_WARPS + warp] = v.a",
     "split",
 )
 mutant(
@@ -371,6 +448,17 @@ mutant("chunks are an element apart", "box.cuh", "void deal(", "(j - r * per_row
 mutant("a short run is not added up", "box.cuh", "void deal(", "flush();", "if (j < count) flush();", "float16")
 mutant(
     "vectors where rows are no multiple of them", "box.cuh", "void walk(int rows", "run % VX == 0", "run >= VX", "first"
+)
+mutant(
+    "a vector has one channel",
+    "box.cuh",
+    "void apply(const Op",
+    "ENTRIES == 2 && k >= here",
+    "ENTRIES == 2 && k > VY",
+    "first",
+)
+mutant(
+    "channels in turn meet twice", "box.cuh", "int in_turn(", "2 * (i - half) + 1", "2 * (i - half)", "backward float16"
 )
 mutant("y is written past the box", "box.cuh", "void apply(const Op", "min(e + VY, length)", "e + VY", "misaligned")
 mutant(
@@ -390,19 +478,19 @@ mutant(
     "first",
 )
 mutant(
-    "a vector keeps entries of the next row",
+    "a vector keeps entries of the next sample",
     "box.cuh",
     "void apply(const Op",
-    "q + VY <= box.width ?",
-    "q <= box.width ?",
+    ": one_sample ?",
+    ": true ?",
     "ends of samples",
 )
 mutant(
     "half of y is not written",
     "box.cuh",
     "void apply(const Op",
-    "v < count; v += blockDim.x",
-    "v < count / 2; v += blockDim.x",
+    "v < count; v += stride",
+    "v < count / 2; v += stride",
     "first",
 )
 mutant("a step into the next sample is missed", "box.cuh", "struct Place", "r = 0, ++n", "r = 0", "tiny groups")
@@ -419,7 +507,7 @@ mutant(
 mutant(
     "the mean's rounding stays in the variance",
     "moments.cuh",
-    "m.scale = scale",
+    "m.unit = unit",
     "total.b - total.a * (total.a / count)",
     "total.b",
     "far from zero",
@@ -463,16 +551,16 @@ mutant(
     "the mean's second part is dropped",
     "moments.cuh",
     "struct Centre",
-    "(real)((mean - high) + s.low[u])",
-    "(real)(mean - high)",
+    "(real)((s.mean - high) + s.low)",
+    "(real)(s.mean - high)",
     "float64, far from zero",
 )
 mutant(
     "float32 loses the mean's remainder",
     "moments.cuh",
     "struct Centre",
-    "low = (real)((mean - high) + s.low[u]);",
-    "low = (real)s.low[u];",
+    "low = (real)((s.mean - high) + s.low);",
+    "low = (real)s.low;",
     "far from zero",
 )
 mutant("eps is forgotten", "moments.cuh", "double rstd(double eps)", "m2 / count + eps", "m2 / count", "tiny groups")
@@ -506,17 +594,58 @@ mutant(
 mutant(
     "the mean's second part is not loaded",
     "moments.cuh",
-    "struct Statistics",
-    "have_low ? lows[at] : 0",
+    "Statistic statistic_of(",
+    "from.at(LOW, group)",
     "0",
     "float64, far from zero",
+)
+
+mutant(
+    "the least numbers are in no unit",
+    "moments.cuh",
+    "double to_unity(",
+    "if (largest < 0x1p-1000) return 0x1p+1000;",
+    "if (largest < 0x1p-1000) return 1;",
+    "float64, ends of the range",
+)
+mutant(
+    "the largest numbers have the unit 0",
+    "moments.cuh",
+    "double to_unity(",
+    "(2047ull << 52)",
+    "(2046ull << 52)",
+    "float64, ends of the range",
+)
+mutant(
+    "eps leaves the range of the unit",
+    "moments.cuh",
+    "void fit(double eps)",
+    "change_unit(0x1p+800)",
+    "change_unit(1)",
+    "float64, ends of the range",
+)
+mutant(
+    "parts are taken to be in one unit",
+    "moments.cuh",
+    "Moments merge_parts",
+    "REAL_IS_DOUBLE ? merged.unit / q[4] : 1",
+    "1",
+    "float64, ends of the range",
+)
+mutant(
+    "x is not brought to the unit",
+    "moments.cuh",
+    "real centred(",
+    "fma(x, e.unit, -e.high)",
+    "x - e.high",
+    "float64, ends of the range",
 )
 
 mutant("no barrier after x is loaded", "forward.cu", "    forward(BOX_PARAMETERS", "__syncthreads();", "", "first")
 mutant(
     "no barrier after the statistics",
     "forward.cu",
-    "tables.centres[u] = Centre(statistics, u);",
+    "rstd[at] = r * m.unit;",
     "__syncthreads();",
     "",
     "first",
@@ -563,9 +692,9 @@ mutant(
 )
 mutant(
     "blocks of 64 threads are the bound",
-    "forward.cu",
-    "// One block a box: groups",
-    "__launch_bounds__(THREADS, 1)",
+    "box.cuh",
+    "#define FORWARD_BOUNDS",
+    "__launch_bounds__(512, 1)",
     "__launch_bounds__(64, 1)",
     "first",
 )
@@ -636,15 +765,13 @@ mutant(
     "work.sums);",
     "backward",
 )
-mutant(
-    "no barrier before dx", "backward.cu", "work.totals[2 * c + 1] = sum_v_x_hat;", "__syncthreads();", "", "backward"
-)
+mutant("no barrier before dx", "backward.cu", "work.totals.set(c, total);", "__syncthreads();", "", "backward")
 mutant(
     "sums of the last sample only",
     "backward.cu",
     "    backward(BOX_PARAMETERS",
-    "double sum_v = i ? work.totals[2 * c] : 0",
-    "double sum_v = 0",
+    "if (i) total = work.totals.at(c);",
+    "",
     "backward, many samples",
 )
 mutant(
@@ -659,7 +786,7 @@ mutant(
     "statistics that were given are ignored",
     "backward.cu",
     "    backward(BOX_PARAMETERS",
-    "have_rstd ? rstd_given[(box.n0 + n) * G + box.g0 + k] : m.rstd(eps)",
+    "have_rstd ? rstd_given[(box.n0 + n) * G + box.g0 + k] / m.unit : m.rstd(eps)",
     "rstd_given[0]",
     "backward",
 )
@@ -682,25 +809,27 @@ mutant(
 mutant(
     "the mean of dy stays",
     "backward.cu",
-    "struct GroupCoefficients",
-    "offset(-rstd * (sums.a / count))",
-    "offset(0)",
+    "coefficients_of(",
+    "-rstd * (sums.a / count)",
+    "0",
     "backward",
 )
 mutant(
     "the elements' own part stays",
     "backward.cu",
-    "struct GroupCoefficients",
-    "along(-rstd * (sums.b / count))",
-    "along(0)",
+    "coefficients_of(",
+    "-rstd * (sums.b / count)",
+    "0",
     "backward",
 )
-mutant("one element feels rounding", "backward.cu", "void set_tables", "if (count == 1)", "if (false)", "one element")
+mutant(
+    "one element feels rounding", "backward.cu", "void set_coefficients", "if (count == 1)", "if (false)", "one element"
+)
 mutant(
     "sums stay about the box's mean",
     "backward.cu",
     "    merge_backward(const int C",
-    "sum_v_x_hat = fma(q[0], shift, sum_v_x_hat);",
+    "sum_v_x_hat = fma(q[0], (box[0] * to_unit - m.mean) + (box[1] * to_unit - m.low), sum_v_x_hat * to_unit);",
     "",
     "backward split",
 )
@@ -708,8 +837,8 @@ mutant(
     "sums stay in the box's units",
     "backward.cu",
     "    backward_sums(BOX_PARAMETERS",
-    "work.sums[2 * c + 1] / work.statistics.rstd[c / box.group_channels]",
-    "work.sums[2 * c + 1]",
+    "sum.b / work.statistics.rstd(c / box.group_channels)",
+    "sum.b",
     "backward split",
 )
 mutant(
@@ -756,6 +885,150 @@ mutant(
     "backward",
 )
 
+mutant(
+    "no barrier after three arrays are loaded",
+    "double_backward.cu",
+    "    second_sums(BOX_PARAMETERS",
+    "  __syncthreads();",
+    "",
+    "double backward",
+)
+mutant(
+    "masked elements enter the mean of u",
+    "double_backward.cu",
+    "    second_sums(BOX_PARAMETERS",
+    "if (mask.at(0, r, q0 + i + k)) {",
+    "{",
+    "double backward gelu",
+)
+mutant(
+    "no curvature in the sums",
+    "double_backward.cu",
+    "    second_sums(BOX_PARAMETERS",
+    "dys[k] * curvature(z)",
+    "dys[k]",
+    "double backward silu",
+)
+mutant(
+    "parts of the sums share a place",
+    "double_backward.cu",
+    "    second_sums(BOX_PARAMETERS",
+    "box.spatial_parts + box.spatial_part)",
+    "box.spatial_parts)",
+    "double backward split",
+)
+mutant(
+    "sums of threads without a channel",
+    "double_backward.cu",
+    "    second_sums(BOX_PARAMETERS",
+    "if (c < box.nc && lane == 0)",
+    "if (lane == 0)",
+    "double backward",
+)
+mutant(
+    "no barrier before sums of channels are added",
+    "double_backward.cu",
+    "    merge_second(const int C",
+    "__syncthreads();  // the sums",
+    "// the sums",
+    "double backward labels",
+)
+mutant(
+    "labels of the double backward are not sorted",
+    "double_backward.cu",
+    "    merge_second(const int C",
+    "order[bounds[g] + k]",
+    "(bounds[g] + k)",
+    "double backward labels",
+)
+mutant(
+    "u is not centred in gweight",
+    "double_backward.cu",
+    "    merge_second(const int C",
+    "(of(k)[Z_U] - u_mean * of(k)[Z])",
+    "of(k)[Z_U]",
+    "double backward",
+)
+mutant(
+    "gweight without the curvature",
+    "double_backward.cu",
+    "    merge_second(const int C",
+    "fma(rstd, pushed(k), gz_x_hat(k))",
+    "rstd * pushed(k)",
+    "double backward silu",
+)
+mutant(
+    "one part of the sums is left out",
+    "double_backward.cu",
+    "    merge_second(const int C",
+    "int p = lane; p < spatial_parts",
+    "int p = lane; p < spatial_parts - 1",
+    "double backward split",
+)
+mutant(
+    "u is not centred in gdy",
+    "double_backward.cu",
+    "struct Second",
+    "to_real<X_DTYPE>(values.u.element[k]) - e.u_mean",
+    "to_real<X_DTYPE>(values.u.element[k])",
+    "double backward",
+)
+mutant(
+    "masked elements feel the statistics twice",
+    "double_backward.cu",
+    "struct Second",
+    "values.used[k] ? fma(e.of_u",
+    "true ? fma(e.of_u",
+    "double backward gelu",
+)
+mutant(
+    "gdy without the slope",
+    "double_backward.cu",
+    "struct Second",
+    "return gdz * act;",
+    "return gdz;",
+    "double backward silu",
+)
+mutant(
+    "ddweight is not in gx",
+    "double_backward.cu",
+    "struct Second",
+    "fma(-g.true_rstd * g.u_along, w, ddw)",
+    "(-g.true_rstd * g.u_along * w)",
+    "double backward",
+)
+mutant(
+    "x_hat meets u once",
+    "double_backward.cu",
+    "    second_apply(BOX_PARAMETERS",
+    "2 * (value(U_ALONG) * value(Q_ALONG))",
+    "(value(U_ALONG) * value(Q_ALONG))",
+    "double backward",
+)
+mutant(
+    "no barrier before gdy",
+    "double_backward.cu",
+    "    second_apply(BOX_PARAMETERS",
+    "  __syncthreads();",
+    "",
+    "double backward",
+)
+mutant(
+    "one element moves against its mean",
+    "double_backward.cu",
+    "    second_apply(BOX_PARAMETERS",
+    "alone ? 0 :",
+    "false ? 0 :",
+    "double backward, one element",
+)
+mutant(
+    "the curvature of another gate",
+    "activation.cuh",
+    "real curvature(",
+    "gate.down - gate.up",
+    "gate.up - gate.down",
+    "double backward silu",
+)
 mutant("bfloat16 is cut off", "types.cuh", "float_to_bfloat", "u + 0x7fffu + ((u >> 16) & 1u)", "u", "bfloat16")
 mutant(
     "float16 bits are shifted too far",
@@ -781,7 +1054,7 @@ mutant(
     "case FLOAT32: return ((const double*)p)[i];",
     "first",
 )
-mutant("the sigmoid overflows", "activation.cuh", "real sigmoid(", "exponential(-fabs(t))", "exponential(-t)", "silu")
+mutant("the sigmoid overflows", "activation.cuh", "struct Sigmoid", "exponential(-fabs(t))", "exponential(-t)", "silu")
 
 
 # ---------------------------------------------------------------- running them

@@ -47,6 +47,7 @@ def problem(N: int, S: int, C: int, G: int, itemsize: int = 4, last: bool = Fals
         "contiguous_rows": True,
         "contiguous_samples": True,
         "aligned_rows": C * inner * itemsize % 32 == 0,
+        "aligned": True,
     }
     return Problem(**{**values, **fields})
 
@@ -114,12 +115,29 @@ def test_threads_and_teams() -> None:
 
 
 def test_rows_in_shared_memory_are_in_different_banks() -> None:
-    """Eight rows of a box begin in eight different sets of four banks."""
+    """Rows do not overlap, have room for their edges, and lie such that few loads wait for each other."""
+    found = []
     for p in ALL:
         for kind, box, _ in boxes(p, H100):
             assert box.pitch % p.vector == 0
-            assert box.pitch // p.vector % 2 == 1
-            assert box.pitch >= box.channels * box.columns + p.vector - 1, f"{kind} {p}: no room for any alignment"
+            width = box.channels * box.columns
+            edges = 0 if p.aligned_rows and width % p.vector == p.D * p.inner % p.vector == 0 else p.vector - 1
+            assert box.pitch >= width + edges, f"{kind} {p}: no room for any alignment"
+            if not box.flat and kind != "again":
+                packed = dataclasses.replace(box, pitch=width)
+                assert config.wavefronts(p, box) <= config.wavefronts(p, packed)
+                found.append(config.wavefronts(p, box) / config.wavefronts(p, packed))
+    assert sum(found) / len(found) < 0.8
+
+
+def test_alignment_moves_rows_and_nothing_else() -> None:
+    """All that decides the order of a sum is the same for every address."""
+    for p in ALL:
+        other = dataclasses.replace(p, aligned=False)
+        for (kind, a, _), (_, b, _) in zip(boxes(p, H100), boxes(other, H100), strict=True):
+            same = {f.name for f in dataclasses.fields(Box)} - {"pitch", "flat"}
+            assert all(getattr(a, name) == getattr(b, name) for name in same), (kind, p)
+            assert b.flat or kind == "again" or not config.contiguous(p, b), "rows with edges that need none"
 
 
 def test_no_choice_depends_on_the_batch() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -83,12 +82,3 @@ def test_results_are_the_same_where_a_block_has_less_shared_memory() -> None:
             results.append(host_cupy.to_host(cugn.group_norm(host_cupy.to_device(x), 1)).copy())
     cuda_compile.device_properties.cache_clear()
     assert np.abs(results[0] - results[1]).max() < 1e-5
-
-
-def test_what_has_no_kernels_is_said() -> None:
-    plan = SimpleNamespace(layout=object(), x_dtype="uint8")
-    from cugn import cuda
-
-    assert not cuda.serves(plan, "backward")  # type: ignore[arg-type]
-    assert not cuda.serves(plan, "double_backward")  # type: ignore[arg-type]
-    assert cuda.serves(plan, "forward")  # type: ignore[arg-type]

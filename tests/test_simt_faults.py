@@ -559,3 +559,11 @@ def test_what_the_compiler_says_is_shown():
 def test_unknown_kernel():
     with pytest.raises(AttributeError, match="no kernel 'other'"):
         run('extern "C" __global__ void k(float* y) { y[0] = 1; }', floats(), name="other")
+
+
+def test_launch_bounds_are_expressions():
+    code = """
+    #define BOUNDS __launch_bounds__(WIDE || 3 >= 2 ? 64 : 32, (2 > 1) ? 3 : 2)
+    extern "C" __global__ void BOUNDS k(float* y) { y[threadIdx.x] = 1; }"""
+    run(code, floats(64), options=("-DWIDE=0",))
+    assert "__launch_bounds__ says 64" in fault_of(code, floats(96), block=96, options=("-DWIDE=0",)).message

@@ -5,6 +5,7 @@ Nothing here waits for the device or reads its memory, so that calls can be capt
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,21 +28,24 @@ from .strided import (
     pieces,
 )
 
-__all__ = ["backward", "forward", "jvp", "moments", "normalize", "serves"]
+__all__ = ["backward", "double_backward", "forward", "jvp", "moments", "normalize", "serves"]
 
 Array = Any
 
+CURVED = ("silu", "gelu", "gelu_tanh")
+"""Activations with a second derivative."""
+
 
 def serves(plan: Plan, operation: str) -> bool:
-    """What the kernels do; the reference does the rest."""
-    if plan.layout is None or operation == "double_backward":
-        return False
-    return plan.x_dtype in FLOATS or operation not in ("backward", "jvp")  # gradients of integer images: the reference
+    """Everything: CuPy's arrays tell their strides."""
+    return plan.layout is not None
 
 
 def forward(plan: Plan, x: Array, weight: Array, bias: Array, where: Array, out: Array) -> tuple[Array, Array, Array]:
     """Output and statistics of each group."""
     with x.device:
+        if plan.size == 0:
+            return _out(plan, x, out), *(_constant(plan.stats_shape, math.nan) for _ in range(2))
         if not _dense(plan):
             out, (mean, rstd) = _out(plan, x, out), _empty_statistics(plan, 2)
             for piece in pieces(plan, {"x": x}, where):
@@ -64,9 +68,9 @@ def forward(plan: Plan, x: Array, weight: Array, bias: Array, where: Array, out:
                 config.forward_bytes(box, call.problem),
             )
         else:
-            low, elements = _empty_statistics(plan, 2)
-            call.merged_moments(mean, low=low, rstd=rstd, elements=elements)
-            call.apply(mean, low, rstd, weight, bias)
+            planes = call.empty_planes()
+            call.merged_moments(mean, rstd, planes)
+            call.apply(mean, rstd, planes, weight, bias)
         return call.out, mean.reshape(plan.stats_shape), rstd.reshape(plan.stats_shape)
 
 
@@ -82,15 +86,14 @@ def backward(
     out: Array,
 ) -> tuple[Array, Array, Array]:
     """Gradients with respect to x, weight and bias. The mean is taken anew: with x at hand that is free, and exact."""
-    import cupy
-
     with x.device:
+        if plan.size == 0:
+            return _out(plan, x, out), *_zero_gradients(plan)
         given = None if rstd is None else _statistics(plan, rstd)
-        if _dense(plan):
+        if _dense_floats(plan):
             call = _Call.of(plan, {"x": x, "v": dy}, out, where)
             return call.out, *_parameter_gradients(plan, [call.differentiated(weight, bias, None, None, given)])
         out = _out(plan, x, out)
-        dweight, dbias = (cupy.empty(plan.C, dtype_of(plan.weight_dtype)) for _ in range(2))
         sums: dict[tuple[int, int], list[Array]] = {}
         for piece in pieces(plan, {"x": x, "v": dy}, where):
             call = _Call.of(piece.plan, piece.arrays, piece.arrays["v"], piece.where)
@@ -98,11 +101,7 @@ def backward(
             partial = call.differentiated(piece.of(weight), piece.of(bias), None, None, rstd)
             piece.store(call.out, out, plan)
             sums.setdefault((piece.channels.start, piece.channels.stop), []).append(_added(piece.plan, partial))
-        for (start, stop), partials in sums.items():
-            parts = _parameter_gradients(plan, partials)
-            copy(parts[0], dweight[start:stop])
-            copy(parts[1], dbias[start:stop])
-        return out, dweight, dbias
+        return out, *_gradients_of_pieces(plan, sums)
 
 
 def jvp(
@@ -118,7 +117,9 @@ def jvp(
 ) -> Array:
     """Tangent of the output along tangents of x, weight and bias."""
     with x.device:
-        if not _dense(plan):
+        if plan.size == 0:
+            return _out(plan, x, out)
+        if not _dense_floats(plan):
             out = _out(plan, x, out)
             for piece in pieces(plan, {"x": x, "v": tx}, where):
                 w, b, tw, tb = (piece.of(p) for p in (weight, bias, tweight, tbias))
@@ -131,15 +132,50 @@ def jvp(
         return call.out
 
 
+def double_backward(
+    plan: Plan,
+    ddx: Array,
+    dy: Array,
+    x: Array,
+    weight: Array,
+    bias: Array,
+    ddweight: Array,
+    ddbias: Array,
+    where: Array,
+) -> tuple[Array, Array, Array, Array]:
+    """Gradients of <ddx, dx> + <ddweight, dweight> + <ddbias, dbias> with respect to dy, x, weight and bias."""
+    with x.device:
+        parameters = (weight, bias, ddweight, ddbias)
+        if plan.size == 0:
+            return _out(plan, x, None), _out(plan, x, None), *_zero_gradients(plan)
+        if _dense_floats(plan):
+            call = _Call.of(plan, {"x": x, "u": ddx, "v": dy}, None, where, exact=True, tangent=True)
+            gx, partial = call.differentiated_twice(*parameters)
+            return call.out, gx, *_parameter_gradients(plan, [partial])
+        gdy, gx = _out(plan, x, None), _out(plan, x, None)
+        sums: dict[tuple[int, int], list[Array]] = {}
+        for piece in pieces(plan, {"x": x, "u": ddx, "v": dy}, where):
+            call = _Call.of(piece.plan, piece.arrays, None, piece.where, exact=True, tangent=True)
+            of_x, partial = call.differentiated_twice(*(piece.of(p) for p in parameters))
+            piece.store(call.out, gdy, plan)
+            piece.store(of_x, gx, plan)
+            sums.setdefault((piece.channels.start, piece.channels.stop), []).append(_added(piece.plan, partial))
+        return gdy, gx, *_gradients_of_pieces(plan, sums)
+
+
 def moments(plan: Plan, x: Array, where: Array) -> tuple[Array, Array, Array]:
     """Count, mean and sum of squared deviations of each group, in float64 throughout."""
     import cupy
 
     with x.device:
+        if plan.size == 0:
+            count, m2 = (_constant(plan.stats_shape, 0, dtype) for dtype in (np.int64, np.float64))
+            return count, _constant(plan.stats_shape, math.nan), m2
         mean, m2 = _empty_statistics(plan, 2)
         count = cupy.empty(mean.shape, np.int64)
         if _dense(plan):
-            _Call.of(plan, {"x": x}, None, where, exact=True, written=False).merged_moments(mean, m2=m2, count=count)
+            call = _Call.of(plan, {"x": x}, None, where, exact=True, written=False)
+            call.merged_moments(mean, m2=m2, count=count)
         else:
             for piece in pieces(plan, {"x": x}, where):
                 parts = moments(piece.plan, piece.arrays["x"], piece.where)
@@ -151,6 +187,8 @@ def moments(plan: Plan, x: Array, where: Array) -> tuple[Array, Array, Array]:
 def normalize(plan: Plan, x: Array, mean: Array, rstd: Array, weight: Array, bias: Array, out: Array) -> Array:
     """Output under statistics that the caller supplies."""
     with x.device:
+        if plan.size == 0:
+            return _out(plan, x, out)
         mean, rstd = _statistics(plan, mean), _statistics(plan, rstd)
         if not _dense(plan):
             out = _out(plan, x, out)
@@ -160,12 +198,32 @@ def normalize(plan: Plan, x: Array, mean: Array, rstd: Array, weight: Array, bia
                 piece.store(y, out, plan)
             return out
         call = _Call.of(plan, {"x": x}, out, None)
-        call.apply(mean, None, rstd, weight, bias)
+        call.apply(mean, rstd, None, weight, bias)
         return call.out
 
 
 def _dense(plan: Plan) -> bool:
     return plan.layout is not None and plan.layout.kind == "dense"
+
+
+def _dense_floats(plan: Plan) -> bool:
+    """Whether the kernels of the gradients take the arrays as they are: x has the dtype of its gradient."""
+    return _dense(plan) and plan.x_dtype in FLOATS
+
+
+def _constant(shape: tuple[int, ...], value: float, dtype: Any = np.float64) -> Array:
+    """A new array of one value."""
+    import cupy
+
+    array = cupy.empty(shape, dtype)
+    array.fill(value)
+    return array
+
+
+def _zero_gradients(plan: Plan) -> tuple[Array, Array]:
+    """dweight and dbias of no elements."""
+    dtype = dtype_of(plan.weight_dtype)
+    return _constant((plan.C,), 0, dtype), _constant((plan.C,), 0, dtype)
 
 
 def _out(plan: Plan, x: Array, out: Array) -> Array:
@@ -201,6 +259,18 @@ def _parameter_gradients(plan: Plan, partials: list[Array]) -> tuple[Array, Arra
     dtype = plan.weight_dtype
     dweight, dbias = (cupy.empty(partial.shape[1], dtype_of(dtype)) for _ in range(2))
     _add_rows(plan, partial, dweight, dbias, DTYPES[dtype], 1)
+    return dweight, dbias
+
+
+def _gradients_of_pieces(plan: Plan, sums: dict[tuple[int, int], list[Array]]) -> tuple[Array, Array]:
+    """dweight and dbias from the sums of the pieces, by the channels that they hold."""
+    import cupy
+
+    dweight, dbias = (cupy.empty(plan.C, dtype_of(plan.weight_dtype)) for _ in range(2))
+    for (start, stop), partials in sums.items():
+        parts = _parameter_gradients(plan, partials)
+        copy(parts[0], dweight[start:stop])
+        copy(parts[1], dbias[start:stop])
     return dweight, dbias
 
 
@@ -277,6 +347,7 @@ class _Call:
                 and (sn * a.itemsize % config.SECTOR == 0 or layout.N == 1)
                 for a, sn, so in arrays.values()
             ),
+            aligned=all(a.data.ptr % 16 == 0 for a, _, _ in arrays.values()),
         )
         mask = mask_arguments(where, plan) if where is not None else ()
         return cls(plan, arrays, out, mask, problem, device_properties(x.device.id))
@@ -307,11 +378,13 @@ class _Call:
             return (self.arrays["x"][0], np.int32(-1))
         return (contiguous(parameter), np.int32(DTYPES[name_of(parameter.dtype)]))
 
-    def same_channel(self) -> bool:
-        """Whether every aligned 16-byte vector of y lies in one channel."""
+    def vector_channels(self) -> int:
+        """Channels that an aligned 16-byte vector of y lies in at most: 1, 2, or 16 for any number."""
         y, sn, so = self.arrays["y"] if "y" in self.arrays else self.arrays["x"]
         vector = 16 // y.itemsize
-        return bool(self.problem.inner % vector == sn % vector == so % vector == 0 == y.data.ptr % 16)
+        if self.problem.inner % vector == sn % vector == so % vector == 0 == y.data.ptr % 16:
+            return 1
+        return 2 if self.problem.inner >= vector else 16
 
     def box_arguments(self, box: Box) -> tuple[Any, ...]:
         """BOX_PARAMETERS of kernels/box.cuh."""
@@ -331,8 +404,8 @@ class _Call:
             plan.y_dtype,
             plan.activation,
             plan.masked,
-            self.same_channel(),
-            self.problem.tangent,
+            self.vector_channels(),
+            self.problem.tangent and file != "forward",
             self.problem.real == 8,
         )
 
@@ -394,27 +467,25 @@ class _Call:
 
         plan, p = self.plan, self.problem
         box = config.split_box(p, self.device)
-        means, lows, rstds, along, offset, count = _empty_statistics(plan, 6)
+        planes = self.empty_planes()
         # An activation's slope needs x_hat, and so the statistics, before the sums. So does the dweight of a channel of
         # few elements, whose mean may be far nearer to them than the box's is.
         bent = plan.activation is not None and not p.tangent
         known = plan.labels is not None or bent or box.rows * box.columns < config.FEW_OF_CHANNEL
         if known:
-            self.merged_moments(means, low=lows, rstd=rstds, elements=count)
-            if rstd is not None:
-                rstds = rstd
-        moments = cupy.empty((p.N, box.parts, p.G, 4), np.float64)
+            self.merged_moments(planes[0], planes[2], planes, rstd_given=rstd)
+        moments = cupy.empty((p.N, box.parts, p.G, config.part_values(p.real)), np.float64)
         sums = cupy.empty((p.N, box.spatial_parts, p.C, 2), np.float64)
         self.launch(
             "backward",
             "backward_sums",
             box,
             (*_ints(box.group_team, box.channel_team), *arrays, *parameters),
-            (means, lows, rstds, np.int32(known), np.int32(plan.G), *self.labels(), moments, sums, *self.where),
+            (planes, np.int32(known), np.int32(plan.G), *self.labels(), moments, sums, *self.where),
             config.backward_bytes(box, p),
         )
         channel_sums = cupy.empty((p.N, p.C, 2), np.float64)
-        threads, team = config.merge_channel_threads(p.D, box.spatial_parts)
+        threads, team = config.merge_channel_threads(p.D, box.spatial_parts, plan.labels is not None)
         kernel(self.specialisation("backward"), "merge_backward", 0)(
             (p.N * plan.G,),
             (threads,),
@@ -422,8 +493,7 @@ class _Call:
                 *(*_ints(p.C, p.D, plan.G), *self.grouping(), *_ints(plan.labels is not None)),
                 *_ints(box.channels, box.parts, box.spatial_parts, team),
                 *(moments, sums, *self.parameter(weight), np.float64(plan.eps)),
-                *(rstds if rstd is None else rstd, *_ints(rstd is not None, known)),
-                *(means, lows, rstds, along, offset, count, channel_sums),
+                *(planes if rstd is None else rstd, *_ints(rstd is not None, known), planes, channel_sums),
             ),
             shared_mem=8 * config.SCRATCH_DOUBLES,
         )
@@ -433,45 +503,86 @@ class _Call:
             "backward_apply",
             box,
             (*arrays, *parameters, *tangents),
-            (
-                *(means, lows, rstds, along, offset, count, np.int32(plan.G), *self.labels()),
-                *(*self.array("y"), *self.where),
-            ),
+            (planes, np.int32(plan.G), *self.labels(), *self.array("y"), *self.where),
             config.backward_apply_bytes(box, p),
         )
         return channel_sums
 
+    def empty_planes(self) -> Array:
+        """Place for what the kernels hand on of each group, (values, N, G)."""
+        import cupy
+
+        return cupy.empty((config.PLANES, self.plan.N, self.plan.G), np.float64)
+
+    def differentiated_twice(self, weight: Array, bias: Array, ddweight: Array, ddbias: Array) -> tuple[Array, Array]:
+        """Gradient of dy to `out`; returns that of x, and what gweight and gbias are sums of, (N, C, 2)."""
+        import cupy
+
+        plan, p = self.plan, self.problem
+        assert plan.layout is not None
+        box = config.split_box(p, self.device)
+        gx = like(self.arrays["x"][0], dtype_of(plan.y_dtype), plan.layout)
+        planes = self.empty_planes()
+        self.merged_moments(planes[0], planes[2], planes)
+        parameters = tuple(value for a in (weight, bias, ddweight, ddbias) for value in self.parameter(a))
+        arrays = tuple(value for name in ("x", "v", "u") for value in self.array(name))
+        sums_of_channel = 10 if plan.activation in CURVED else 5
+        sums = cupy.empty((p.N, box.spatial_parts, p.C, sums_of_channel), np.float64)
+        shared = config.second_bytes(box, p)
+        of_groups = (planes, np.int32(plan.G), *self.labels())
+        before = (*arrays, *parameters, *of_groups)
+        self.launch(
+            *("double_backward", "second_sums", box, (*_ints(box.channel_team), *before), (sums, *self.where), shared)
+        )
+        channel_sums = cupy.empty((p.N, p.C, sums_of_channel), np.float64)
+        partial = cupy.empty((p.N, p.C, 2), np.float64)
+        threads, team = config.merge_channel_threads(p.D, box.spatial_parts, plan.labels is not None)
+        kernel(self.specialisation("double_backward"), "merge_second", 0)(
+            (p.N * plan.G,),
+            (threads,),
+            (
+                *(*_ints(p.C, p.D, plan.G), *self.grouping(), *_ints(plan.labels is not None)),
+                *(*_ints(box.spatial_parts, team), sums, *parameters, planes, channel_sums, partial),
+            ),
+            shared_mem=8 * config.SCRATCH_DOUBLES,
+        )
+        outputs = (*self.array("y"), gx[0], np.int64(gx[1]), np.int64(gx[2]))
+        self.launch("double_backward", "second_apply", box, before, (*outputs, *self.where), shared)
+        return gx[0], partial
+
     def merged_moments(
         self,
         mean: Array,
-        *,
-        low: Array = None,
         rstd: Array = None,
-        elements: Array = None,
+        planes: Array = None,
+        *,
+        rstd_given: Array = None,
         m2: Array = None,
         count: Array = None,
     ) -> None:
-        """Moments of the parts of each group, merged: (mean, low, rstd, elements), or (mean, m2, count)."""
+        """Moments of the parts of each group, merged: mean, rstd, and what other kernels read; or mean, m2, count."""
         import cupy
 
         plan, p = self.plan, self.problem
         box = config.split_box(p, self.device)
-        partial = cupy.empty((p.N, box.parts, p.G, 4), np.float64)
+        part = config.part_values(p.real)
+        partial = cupy.empty((p.N, box.parts, p.G, part), np.float64)
         shared = config.moments_bytes(box, p)
         self.launch("forward", "moments", box, _ints(box.group_team), (*self.array("x"), partial, *self.where), shared)
         threads, team = config.merge_threads(box.parts)
         groups = p.N * p.G
-        results = [a if a is not None else partial for a in (mean, low, rstd, elements, m2)]
-        results.append(count if count is not None else partial)
-        what = 1 if rstd is None else 0
-        channels = cupy.empty((p.N, p.C, 4), np.float64) if plan.labels is not None else None
+        results = (
+            *(np.float64(plan.eps), np.int32(m2 is not None)),
+            *(partial if rstd_given is None else rstd_given, np.int32(rstd_given is not None)),
+            *(partial if a is None else a for a in (mean, rstd, m2, count, planes)),
+        )
+        channels = cupy.empty((p.N, p.C, part), np.float64) if plan.labels is not None else None
         kernel(self.specialisation("forward"), "merge_moments", 0)(
             (-(-groups * team // threads),),
             (threads,),
             (
-                *(partial, np.int64(groups), *_ints(p.G, box.parts, team), np.float64(plan.eps)),
-                *(_ints(what) if channels is None else _ints(2)),
-                *(results if channels is None else [channels, *results[1:]]),
+                *(partial, np.int64(groups), *_ints(p.G, box.parts, team)),
+                *(partial if channels is None else channels, np.int32(channels is not None), *results),
             ),
             shared_mem=8 * config.SCRATCH_DOUBLES,
         )
@@ -479,18 +590,18 @@ class _Call:
             kernel(self.specialisation("forward"), "merge_labels", 0)(
                 (p.N * plan.G,),
                 (config.LABEL_THREADS,),
-                (channels, *_ints(p.C, plan.G), *self.grouping(), np.float64(plan.eps), *_ints(what), *results),
+                (channels, *_ints(p.C, plan.G), *self.grouping(), *results),
                 shared_mem=8 * config.SCRATCH_DOUBLES,
             )
 
-    def apply(self, mean: Array, low: Array, rstd: Array, weight: Array, bias: Array) -> None:
-        """y under the given statistics."""
+    def apply(self, mean: Array, rstd: Array, planes: Array, weight: Array, bias: Array) -> None:
+        """y under the statistics in `planes`, or under a mean and rstd that the caller gave."""
         box = config.apply_box(self.problem, config.split_box(self.problem, self.device))
         self.launch(
             "forward",
             "apply_statistics",
             box,
-            (*self.array("x"), mean, mean if low is None else low, *_ints(low is not None), rstd),
+            (*self.array("x"), mean, rstd, mean if planes is None else planes, *_ints(planes is not None)),
             (
                 *(np.int32(self.plan.G), *self.labels()),
                 *(*self.parameter(weight), *self.parameter(bias), *self.array("y")),

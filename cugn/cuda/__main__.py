@@ -132,6 +132,7 @@ def problem_of(N: int, C: int, S: int, G: int, last: bool, dtype: str, arrays: i
         contiguous_rows=True,
         contiguous_samples=True,
         aligned_rows=C * inner * itemsize % config.SECTOR == 0,
+        aligned=True,
     )
 
 
@@ -146,7 +147,7 @@ def table(architectures: list[int], dtypes: list[str], bandwidth: float) -> list
                 for arrays in (1, 2):
                     N, C, S, G = sizes
                     problem = problem_of(N, C, S, G, last, dtype, arrays)
-                    same = problem.inner % (16 // problem.itemsize) == 0
+                    same = 1 if problem.inner % (16 // problem.itemsize) == 0 else 2 if problem.inner > 1 else 16
                     for file, name, box, shared, bytes_each in launches(problem, device):
                         module = Specialisation(file, dtype, dtype, None, False, same, False, dtype == "float64")
                         if module not in found:

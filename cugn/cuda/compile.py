@@ -24,7 +24,8 @@ KERNELS = {
         *("backward", "backward_sums", "merge_backward", "backward_apply"),
         "parameter_gradients",
     ),
-    "copy": ("copy_elements", "copy_to_float64"),
+    "double_backward": ("second_sums", "merge_second", "second_apply"),
+    "copy": ("copy_elements", "convert_elements"),
 }
 """Kernels of each file."""
 
@@ -42,8 +43,10 @@ class Specialisation(NamedTuple):
     y_dtype: str
     activation: str | None = None
     masked: bool = False
-    same_channel: bool = False
+    vector_channels: int = 16
+    """Channels that an aligned 16-byte vector of the output lies in at most: 1, 2, or 16 for any number."""
     tangent: bool = False
+    """Whether weight and bias have tangents: the jvp, and the double backward."""
     double: bool = False
     """Arithmetic in float64: for float64 arrays or weights, and for moments."""
 
@@ -65,7 +68,7 @@ def options(specialisation: Specialisation) -> tuple[str, ...]:
         f"-DREAL_IS_DOUBLE={int(s.double)}",
         f"-DACTIVATION={ACTIVATIONS[s.activation]}",
         f"-DMASKED={int(s.masked)}",
-        f"-DSAME_CHANNEL={int(s.same_channel)}",
+        f"-DVECTOR_CHANNELS={s.vector_channels}",
         f"-DTANGENT={int(s.tangent)}",
     )
 
@@ -74,15 +77,17 @@ def specialisations() -> list[Specialisation]:
     """Every module that the engine can build."""
     found = [Specialisation("copy", "float32", "float32")]
     pairs = [(x, x) for x in FLOATS] + [(x, y) for x in INTEGERS for y in FLOATS]
-    flags = list(product((False, True), repeat=3))
-    for (x, y), activation, (masked, same_channel, double) in product(pairs, ACTIVATIONS, flags):
+    flags = list(product((False, True), (1, 2, 16), (False, True)))
+    for (x, y), activation, (masked, channels, double) in product(pairs, ACTIVATIONS, flags):
         if double or "float64" not in (x, y):
-            found.append(Specialisation("forward", x, y, activation, masked, same_channel, False, double))
+            found.append(Specialisation("forward", x, y, activation, masked, channels, False, double))
             if x == y:
                 found += [
-                    Specialisation("backward", x, y, activation, masked, same_channel, tangent, double)
+                    Specialisation("backward", x, y, activation, masked, channels, tangent, double)
                     for tangent in (False, True)
                 ]
+                if double:
+                    found.append(Specialisation("double_backward", x, y, activation, masked, channels, True, True))
     return found
 
 

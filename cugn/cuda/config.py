@@ -7,6 +7,7 @@ for a sample whatever the batch around it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -56,16 +57,19 @@ APPLY_ROWS = 2
 up to 16 a channel, are read less often. N = 1, C = 128, S = 512 * 512 still makes more than 264 boxes."""
 
 MOST_THREADS = 512
-"""As in the kernels' launch bounds: 128 registers a thread, enough for the float64 paths without spills."""
+"""Threads of the forward at most, as in its launch bounds: 128 registers each."""
 
 USUAL_THREADS = 256
-"""Threads where more than one block fits: at 128 registers two blocks of these, one loading while the other sums."""
+"""Threads of all other kernels, and of the forward where more than one block fits: one loads while the other sums."""
 
 ONE_BLOCK_BYTES = 112 << 10
 """From this much shared memory on a multiprocessor holds one block: then it gets all the threads."""
 
 LABEL_THREADS = 128
 """Threads that merge the channels of one labelled group."""
+
+PLANES = 12
+"""Values of a group that the kernels of a split group hand on: as `Plane` in the kernels."""
 
 SCRATCH_DOUBLES = 64
 RESERVED_SHARED = 1 << 10
@@ -102,7 +106,7 @@ class Problem:
     tangent: bool
     """Whether it is the jvp."""
     arrays: int
-    """Arrays of a box that are held in shared memory: x, or x and dy."""
+    """Arrays of a box that are held in shared memory: x, or x and dy; in the double backward ddx, too."""
     masked: bool
     contiguous_rows: bool
     """Whether consecutive rows of all arrays follow each other in memory (so == C * inner)."""
@@ -110,6 +114,8 @@ class Problem:
     """Whether consecutive samples do, too (sn == outer * C * inner)."""
     aligned_rows: bool
     """Whether rows and samples of all arrays are whole sectors apart."""
+    aligned: bool
+    """Whether all arrays begin at a multiple of 16 bytes: it decides where a box lies in shared memory, no more."""
 
     @property
     def G(self) -> int:
@@ -140,7 +146,7 @@ class Box:
     channel_tiles: int
     column_tiles: int
     pitch: int
-    """Elements from row to row in shared memory: an odd number of vectors, so that 8 rows are in different banks."""
+    """Elements from row to row in shared memory."""
     flat: bool
     groups: int
     """Groups of a sample in the box; 1 where it is a part of one."""
@@ -183,13 +189,12 @@ class Box:
         """Shared memory of the mask."""
         return _round_up(self.elements, 16) if masked else 0
 
-    def statistics_bytes(self, values: int) -> int:
-        """`values` doubles for each group in the box."""
-        return (values * self.units + 1) // 2 * 16
-
-    def tables_bytes(self, real: int, tangent: bool) -> int:
-        """Tables of the groups (three values) and of the channels (two, with tangents four), `real` bytes each."""
-        return (self.units + 1) // 2 * 2 * 3 * real + (self.channels + 1) // 2 * 2 * (4 if tangent else 2) * real
+    def tables_bytes(self, real: int, tangent: bool, coefficients: int) -> int:
+        """Statistics of the groups, and what is looked up for groups and channels: as `Statistics` and `Tables`."""
+        of_group = 4 if real == 8 else 3
+        looked_up = (of_group + coefficients) * spread(self.units, real)
+        looked_up += (4 if tangent else 2) * spread(self.channels, real)
+        return _round_up(8 * of_group * self.units + real * looked_up, 16)
 
 
 @lru_cache(maxsize=1024)
@@ -201,14 +206,16 @@ def resident_box(problem: Problem, device: Device) -> Box | None:
     least = 1 if p.outer == 1 else _groups_for_whole_sectors(p)
     box = _box(p, 1, p.outer, least * p.D, p.inner)
     if bytes_of(box, p) > limit:
-        return None
+        box = _flattened(p, box)  # rows without gaps
+        return box if box.flat and bytes_of(box, p) <= limit else None
     while True:
         samples, groups = (1, min(p.G, 2 * box.groups)) if box.groups < p.G else (2 * box.samples, p.G)
         larger = _box(p, samples, p.outer, groups * p.D, p.inner)
         if bytes_of(larger, p) > min(limit, SMALL_BOX_BYTES):
             break
         box = larger
-    return box
+    most = min(limit, max(SMALL_BOX_BYTES, bytes_of(box, p) * 9 // 8))
+    return _laid_out(p, box, lambda box: bytes_of(box, p), most)
 
 
 @lru_cache(maxsize=1024)
@@ -216,11 +223,15 @@ def split_box(problem: Problem, device: Device) -> Box:
     """Box of a part of a group, or of parts of neighbouring groups."""
     budget = min(SPLIT_BOX_BYTES, device.shared_per_block - RESERVED_SHARED)
     elements = max(problem.vector, budget // (problem.arrays * (problem.itemsize + problem.masked)))
-    bytes_of = (backward_bytes,) if problem.arrays == 2 else (moments_bytes, apply_bytes)
+    bytes_of = {1: (moments_bytes, apply_bytes), 2: (backward_bytes,), 3: (second_bytes,)}[problem.arrays]
+
+    def most(box: Box) -> int:
+        return max(of(box, problem) for of in bytes_of)
+
     while True:
         box = _part(problem, elements)
-        if all(of(box, problem) <= budget for of in bytes_of) or elements == problem.vector:
-            return box
+        if most(box) <= budget or elements == problem.vector:
+            return _laid_out(problem, box, most, budget)
         elements = max(problem.vector, elements * 7 // 8)
 
 
@@ -276,10 +287,10 @@ def channel_sums(problem: Problem, box: Box) -> Sums:
 def _box(p: Problem, samples: int, rows: int, channels: int, columns: int) -> Box:
     channels = min(channels, p.C)
     width = channels * columns
-    full_rows = width == p.C * p.inner
     # One stretch of memory: where rows are no whole number of vectors, so that not each has its edges. Others are kept
-    # apart, for a pitch that avoids bank conflicts.
-    contiguous = full_rows and p.contiguous_rows and (samples == 1 or (rows == p.outer and p.contiguous_samples))
+    # apart, for a pitch that avoids bank conflicts: this much room, wherever they begin; an odd number of vectors, so
+    # that 8 rows can be in different banks.
+    contiguous = _contiguous(p, samples, rows, width)
     flat = (samples == 1 and rows == 1) or (contiguous and (rows == 1 or width % p.vector != 0))
     pitch = _round_up(width + p.vector - 1, p.vector)
     if pitch // p.vector % 2 == 0:
@@ -288,7 +299,7 @@ def _box(p: Problem, samples: int, rows: int, channels: int, columns: int) -> Bo
     row_tiles, column_tiles = -(-p.outer // rows), -(-p.inner // columns)
     groups = max(1, channels // p.D)
     elements = samples * rows * width
-    most = USUAL_THREADS if elements * p.arrays * p.itemsize < ONE_BLOCK_BYTES else MOST_THREADS
+    most = MOST_THREADS if p.arrays == 1 and elements * p.itemsize >= ONE_BLOCK_BYTES else USUAL_THREADS
     threads = min(most, max(32, _power_of_two(elements // p.vector // 4)))
     units = samples * groups
     group_chunks = max(1, rows * width // groups // p.vector)
@@ -312,6 +323,76 @@ def _box(p: Problem, samples: int, rows: int, channels: int, columns: int) -> Bo
     )
 
 
+def _contiguous(p: Problem, samples: int, rows: int, width: int) -> bool:
+    full_rows = width == p.C * p.inner and p.contiguous_rows
+    return full_rows and (samples == 1 or (rows == p.outer and p.contiguous_samples))
+
+
+def contiguous(p: Problem, box: Box) -> bool:
+    """Whether the box is one stretch of memory."""
+    return _contiguous(p, box.samples, box.rows, box.channels * box.columns)
+
+
+def _flattened(p: Problem, box: Box) -> Box:
+    """The box as one stretch of shared memory, if it is one of memory."""
+    return replace(box, flat=box.flat or contiguous(p, box))
+
+
+def _laid_out(p: Problem, box: Box, bytes_of: Callable[[Box], int], budget: int) -> Box:
+    """Where the rows of a box lie in its shared memory, or in the budget if that is more; no sum depends on it.
+
+    Rows that begin anywhere have an edge on both sides, which goes element by element: one stretch has two of them.
+    Others have the pitch with the fewest bank conflicts.
+    """
+    if not p.aligned:
+        box = _flattened(p, box)
+    if box.flat:
+        return box
+    width = box.channels * box.columns
+    # without edges where all boxes begin and end at vectors
+    whole = p.aligned and p.aligned_rows and width % p.vector == p.D * p.inner % p.vector == 0
+    least = width if whole else _round_up(width + p.vector - 1, p.vector)
+    boxes = [replace(box, pitch=pitch) for pitch in range(least, box.pitch + 4 * p.vector, p.vector)]
+    most = max(budget, bytes_of(box))
+    return min((box for box in boxes if bytes_of(box) <= most), key=lambda box: wavefronts(p, box))
+
+
+def wavefronts(p: Problem, box: Box) -> float:
+    """Cycles of shared memory for each element of x that the sums of a box take, bank conflicts included.
+
+    Of the first loads of a warp: x is read twice by the teams of groups, all arrays once by the teams of channels.
+    """
+    width = box.channels * box.columns
+    found = 2 * _wavefronts(p, box, width // box.groups, box.group_team, box.groups, box.units)
+    if p.arrays > 1:
+        channels = box.samples * box.channels
+        found += p.arrays * _wavefronts(p, box, box.columns, box.channel_team, box.channels, channels)
+    return found
+
+
+def _wavefronts(p: Problem, box: Box, run: int, team: int, per_sample: int, units: int) -> float:
+    """The same for teams that read runs of `run` elements, of `per_sample` units in a sample."""
+    load = p.vector if run % p.vector == 0 else 1
+    per_row, lanes = run // load, min(32, box.threads)
+    bytes_of_load = load * p.itemsize
+    phase_lanes = min(32, 128 // max(4, bytes_of_load))
+    total = elements = 0
+    for first in range(0, lanes, phase_lanes):
+        banks: dict[int, set[int]] = {}
+        for lane in range(first, first + phase_lanes):
+            unit, chunk = divmod(lane, team)
+            row = chunk // per_row
+            if unit >= units or row >= box.rows:
+                continue
+            elements += load
+            n, k = divmod(unit, per_sample)
+            at = ((n * box.rows + row) * box.pitch + k * run + chunk % per_row * load) * p.itemsize
+            for word in range(at // 4, (at + max(4, bytes_of_load)) // 4):
+                banks.setdefault(word % 32, set()).add(word)
+        total += max((len(words) for words in banks.values()), default=0)
+    return total / max(1, elements)
+
+
 def forward_bytes(box: Box, p: Problem) -> int:
     """Dynamic shared memory of `forward`."""
     return apply_bytes(box, p) + moments_bytes(box, p)
@@ -324,9 +405,15 @@ def backward_bytes(box: Box, p: Problem) -> int:
 
 def backward_apply_bytes(box: Box, p: Problem) -> int:
     """Dynamic shared memory of `backward_apply`."""
-    doubles = SCRATCH_DOUBLES + 6 * box.units + 2 * (box.samples + 1) * box.channels
-    coefficients = 2 * p.real * box.units
-    return _round_up(8 * doubles + box.tables_bytes(p.real, p.tangent) + coefficients, 16) + box.mask_bytes(p.masked)
+    doubles = SCRATCH_DOUBLES + 3 * box.units
+    doubles += 2 * spread(box.samples * box.channels, 8) + 2 * spread(box.channels, 8)
+    return _round_up(8 * doubles + box.tables_bytes(p.real, p.tangent, 2), 16) + box.mask_bytes(p.masked)
+
+
+def second_bytes(box: Box, p: Problem) -> int:
+    """Dynamic shared memory of the kernels of the double backward: as `SecondWork` in the kernels."""
+    doubles = SCRATCH_DOUBLES + 10 * spread(box.units, 8) + 4 * spread(box.channels, 8)
+    return _round_up(8 * doubles, 16) + 3 * box.array_bytes(p.itemsize) + box.mask_bytes(p.masked)
 
 
 def moments_bytes(box: Box, p: Problem) -> int:
@@ -336,7 +423,7 @@ def moments_bytes(box: Box, p: Problem) -> int:
 
 def apply_bytes(box: Box, p: Problem) -> int:
     """Dynamic shared memory of `apply_statistics`."""
-    return _round_up(box.statistics_bytes(3) + box.tables_bytes(p.real, p.tangent), 16)
+    return box.tables_bytes(p.real, p.tangent, 0)
 
 
 def _groups_for_whole_sectors(p: Problem) -> int:
@@ -365,6 +452,16 @@ def _team(threads: int, units: int, chunks: int) -> int:
     return min(1 << (team.bit_length() - 1), _power_of_two(chunks))
 
 
+def spread(entries: int, itemsize: int) -> int:
+    """Entries of a table in shared memory with its gaps, one every 128 bytes: as `spread` in the kernels."""
+    return entries + entries // (128 // itemsize)
+
+
+def part_values(real: int) -> int:
+    """Doubles that are written of the moments of a part: as `PART` in the kernels."""
+    return 5 if real == 8 else 4
+
+
 def _power_of_two(n: int) -> int:
     """The smallest power of two >= n."""
     return 1 << max(0, n - 1).bit_length()
@@ -385,7 +482,10 @@ def merge_threads(parts: int) -> tuple[int, int]:
     return max(128, team), team
 
 
-def merge_channel_threads(channels: int, parts: int) -> tuple[int, int]:
-    """Threads of a block that merges the `parts` parts of some channels, and of the team that merges one channel."""
+def merge_channel_threads(channels: int, parts: int, labelled: bool = False) -> tuple[int, int]:
+    """Threads of a block that merges the `parts` parts of some channels, and of the team that merges one channel.
+
+    Labelled groups have any number of channels.
+    """
     team = min(32, _power_of_two(max(1, parts // 4)))
-    return min(256, max(32, _power_of_two(team * channels))), team
+    return min(256, max(LABEL_THREADS if labelled else 32, _power_of_two(team * channels))), team

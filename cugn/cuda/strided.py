@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..layout import Layout
-from ..plan import Plan
+from ..plan import INTEGERS, Plan
 from .compile import Specialisation, kernel
 
 __all__ = [
@@ -29,7 +29,16 @@ __all__ = [
 
 Array = Any
 
-DTYPES = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3}
+DTYPES = {
+    "float16": 0,
+    "bfloat16": 1,
+    "float32": 2,
+    "float64": 3,
+    "int8": 4,
+    "uint8": 5,
+    "int16": 6,
+    "uint16": 7,
+}
 """As in kernels/types.cuh."""
 
 PIECE_BYTES = 8 << 20
@@ -54,7 +63,7 @@ def dtype_of(name: str) -> Any:
 
 
 def copy(source: Array, target: Array) -> None:
-    """target[...] = source, of equal shape; source may be of any float dtype where target is float64."""
+    """target[...] = source, of equal shape, rounded once where target has another (float) dtype."""
     axes = [
         (n, s // source.itemsize, t // target.itemsize)
         for n, s, t in zip(source.shape, source.strides, target.strides, strict=True)
@@ -78,11 +87,11 @@ def copy(source: Array, target: Array) -> None:
     merged = [(1, 0, 0)] * (MOST_AXES - len(merged)) + merged
     sizes, froms, tos = zip(*merged, strict=True)
     values = tuple(np.int64(v) for v in (source.size, *sizes[1:], *froms, *tos))
-    name, how = "copy_elements", np.int32(source.itemsize)
+    name, how = "copy_elements", [np.int32(source.itemsize)]
     if source.dtype != target.dtype:
-        name, how = "copy_to_float64", np.int32(DTYPES[name_of(source.dtype)])
+        name, how = "convert_elements", [np.int32(DTYPES[name_of(a.dtype)]) for a in (source, target)]
     function = kernel(Specialisation("copy", "float32", "float32"), name, 0)
-    function((-(-source.size // THREADS),), (THREADS,), (source, target, how, *values))
+    function((-(-source.size // THREADS),), (THREADS,), (source, target, *how, *values))
 
 
 def contiguous(array: Array) -> Array:
@@ -166,7 +175,10 @@ class Piece(NamedTuple):
 
 
 def pieces(plan: Plan, arrays: dict[str, Array], where: Array) -> Iterator[Piece]:
-    """Cut a call into pieces. A group of a sample is the least, all of its channels where the groups are labelled."""
+    """Cut a call into pieces. A group of a sample is the least, all of its channels where the groups are labelled.
+
+    Where there are gradients, integers become float32 (or float64 with float64 gradients), and the gradients, too.
+    """
     import cupy
 
     axes = (*plan.batch_axes, plan.channel_axis, *plan.spatial_axes)
@@ -178,6 +190,9 @@ def pieces(plan: Plan, arrays: dict[str, Array], where: Array) -> Iterator[Piece
     size = plan.size * next(iter(arrays.values())).itemsize
     budget = max(PIECE_BYTES, size // 8)
     step = max(1, budget * count // size)
+    dtype = plan.x_dtype
+    if dtype in INTEGERS and len(arrays) > 1:
+        dtype = "float64" if plan.y_dtype == "float64" else "float32"
     group_step = plan.G
     if plan.labels is None and size // count > budget:
         group_step = max(1, budget * count * plan.G // size)
@@ -195,17 +210,20 @@ def pieces(plan: Plan, arrays: dict[str, Array], where: Array) -> Iterator[Piece
             n, C = (stop - start) * rest, channels.stop - channels.start
 
             def dense(
-                view: Array, index: tuple[slice, ...] = tuple(index), shape: tuple[int, ...] = (n, C, plan.S)
+                view: Array,
+                dtype: Any,
+                index: tuple[slice, ...] = tuple(index),
+                shape: tuple[int, ...] = (n, C, plan.S),
             ) -> Array:
                 part = view[index]
-                result = cupy.empty(part.shape, part.dtype)
+                result = cupy.empty(part.shape, dtype)
                 copy(part, result)
                 return result.reshape(shape)
 
             yield Piece(
-                _piece_plan(plan, n, C, groups.stop - groups.start),
-                {name: dense(view) for name, view in views.items()},
-                None if mask is None else dense(mask),
+                _piece_plan(plan, n, C, groups.stop - groups.start, dtype),
+                {name: dense(view, dtype_of(dtype)) for name, view in views.items()},
+                None if mask is None else dense(mask, np.bool_),
                 slice(start * rest, stop * rest),
                 groups,
                 channels,
@@ -214,9 +232,9 @@ def pieces(plan: Plan, arrays: dict[str, Array], where: Array) -> Iterator[Piece
 
 
 @lru_cache(maxsize=256)
-def _piece_plan(plan: Plan, n: int, C: int, G: int) -> Plan:
-    """The plan of a dense piece."""
-    dense = Layout("dense", (0, 1, 2), n, 1, C, plan.S, ((C * plan.S, plan.S),) * 3)
+def _piece_plan(plan: Plan, n: int, C: int, G: int, dtype: str) -> Plan:
+    """The plan of a dense piece, x in this dtype."""
+    dense = Layout("dense", (0, 1, 2), n, 1, C, plan.S, ((C * plan.S, plan.S),) * 4)
     return replace(
         plan,
         shape=(n, C, plan.S),
@@ -229,6 +247,8 @@ def _piece_plan(plan: Plan, n: int, C: int, G: int) -> Plan:
         G=G,
         stats_shape=(n, G),
         layout=dense,
+        x_dtype=dtype,
+        y_dtype=plan.y_dtype if dtype == plan.x_dtype else dtype,
     )
 
 

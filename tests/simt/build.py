@@ -244,7 +244,7 @@ def _tail(exports: Sequence[tuple[str, str]], dynamic_names: Sequence[str]) -> s
         lines.append(
             f'extern "C" {{ void simt_entry_{i}(void** a) {{ simt::call(&{name}, a); }} '
             f"const int* simt_signature_{i}() {{ return simt::signature(&{name}); }} "
-            f"int simt_bound_{i}() {{ return simt::first_bound<{bounds}>(); }} }}"
+            f"int simt_bound_{i}() {{ return simt::first_bound({bounds}); }} }}"
         )
     symbols = "".join(
         f".globl {n}\\n.hidden {n}\\n.type {n},@object\\n{n}:\\n" for n in (*dynamic_names, "simt_dynamic")

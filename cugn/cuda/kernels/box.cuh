@@ -8,10 +8,17 @@
 //
 // The order of every sum is fixed by the position in the box, never by an address: the same bits at any alignment.
 
-// Threads of a block at most: 128 registers each. Kernels that go over a split group have fewer, and so many blocks on a
-// multiprocessor that 12 KB of reads or more are in flight, what sm_90 needs to read and write at the memory's speed.
-#define THREADS 512
-#define SPLIT_THREADS 256
+// Launch bounds: threads of a block, and blocks that a multiprocessor is to hold (which leaves 65536 / (threads * blocks)
+// registers). None of them makes a kernel spill, over all options and architectures. The kernels that go over a split group
+// have three blocks where that allows it: 12 KB of reads in flight, and sm_90 needs 8 to read and write at the memory's speed.
+#define FORWARD_BOUNDS __launch_bounds__(512, 1)
+#define BACKWARD_BOUNDS __launch_bounds__(256, 1)
+#define MOMENTS_BOUNDS __launch_bounds__(256, 3)
+#define HEAVY (ACTIVATION == GELU || (REAL_IS_DOUBLE && ACTIVATION != IDENTITY))  // erfc, and exp in float64
+#define APPLY_BOUNDS __launch_bounds__(256, (VECTOR_CHANNELS < 3 || Y_DTYPE >= FLOAT32) && !HEAVY ? 3 : 2)
+#define SPLIT_BACKWARD_BOUNDS __launch_bounds__(256, HEAVY ? 1 : 2)
+#define SECOND_BOUNDS __launch_bounds__(256, 1)
+#define MERGE_BOUNDS __launch_bounds__(256, 1)
 
 #if MASKED
 #define MASK_PARAMETERS \
@@ -148,7 +155,7 @@ template <class T> struct Shared {
       }
 #pragma unroll
       for (int u = 0; u < UNROLL; ++u) {
-        if (to[u] >= 0) store_pack<T, V>(data + to[u], pack[u], true);
+        if (to[u] >= 0) *reinterpret_cast<uint4*>(data + to[u]) = pack[u].word;
       }
     }
     if (aligned) return;
@@ -199,42 +206,46 @@ struct Pair {
   double a, b;
 };
 
-// Doubles that a block needs in shared memory for team_sum and team_max.
-constexpr int SCRATCH = 64;
+// Doubles that a block needs in shared memory for team_sum and team_max: two for each warp.
+constexpr int MOST_WARPS = 32, SCRATCH = 2 * MOST_WARPS;
 
 // Sum over a team, the same bits in each of its threads; the order depends on `team` alone. Called by the whole block.
-__device__ __forceinline__ Pair team_sum(Pair v, int team, double* scratch) {
-  for (int offset = min(team, 32) >> 1; offset > 0; offset >>= 1) {
+__device__ __forceinline__ Pair sum_of_lanes(Pair v, int lanes) {
+  for (int offset = lanes >> 1; offset > 0; offset >>= 1) {
     v.a += __shfl_xor_sync(0xffffffffu, v.a, offset);
     v.b += __shfl_xor_sync(0xffffffffu, v.b, offset);
   }
+  return v;
+}
+__device__ __forceinline__ Pair team_sum(Pair v, int team, double* scratch) {
+  v = sum_of_lanes(v, min(team, 32));
   if (team > 32) {
     __syncthreads();  // the scratch may still be being read
-    const int warp = threadIdx.x >> 5, warps = team >> 5, first = warp / warps * warps;
+    const int warp = threadIdx.x >> 5, warps = team >> 5;
     if ((threadIdx.x & 31) == 0) {
-      scratch[2 * warp] = v.a;
-      scratch[2 * warp + 1] = v.b;
+      scratch[warp] = v.a;
+      scratch[MOST_WARPS + warp] = v.b;
     }
     __syncthreads();
-    v.a = v.b = 0;
-    for (int w = first; w < first + warps; ++w) {
-      v.a += scratch[2 * w];
-      v.b += scratch[2 * w + 1];
-    }
+    // Each lane reads the sum of one warp of the team: were all read by all, it would cost more than a small group itself.
+    const int other = (warp & -warps) + (threadIdx.x & (warps - 1));
+    v = sum_of_lanes({scratch[other], scratch[MOST_WARPS + other]}, warps);
   }
   return v;
 }
 
+__device__ __forceinline__ double max_of_lanes(double v, int lanes) {
+  for (int offset = lanes >> 1; offset > 0; offset >>= 1) v = fmax(v, __shfl_xor_sync(0xffffffffu, v, offset));
+  return v;
+}
 __device__ __forceinline__ double team_max(double v, int team, double* scratch) {
-  for (int offset = min(team, 32) >> 1; offset > 0; offset >>= 1)
-    v = fmax(v, __shfl_xor_sync(0xffffffffu, v, offset));
+  v = max_of_lanes(v, min(team, 32));
   if (team > 32) {
     __syncthreads();
-    const int warp = threadIdx.x >> 5, warps = team >> 5, first = warp / warps * warps;
+    const int warp = threadIdx.x >> 5, warps = team >> 5;
     if ((threadIdx.x & 31) == 0) scratch[warp] = v;
     __syncthreads();
-    v = scratch[first];
-    for (int w = first + 1; w < first + warps; ++w) v = fmax(v, scratch[w]);
+    v = max_of_lanes(scratch[(warp & -warps) + (threadIdx.x & (warps - 1))], warps);
   }
   return v;
 }
@@ -256,6 +267,14 @@ template <class Value> __device__ __forceinline__ double sum_in_any_order(int co
   }
   sums = team_sum(sums, team, scratch);
   return sums.a + sums.b;
+}
+
+// The unit that is number i of `units`, each a run of elements in shared memory. Runs of an odd number of 2-byte elements are
+// taken every second first, if they are long: of neighbours 17.5 words apart two would begin in each bank.
+__device__ __forceinline__ int in_turn(int i, int units, int run) {
+  if (sizeof(x_t) != 2 || run % 2 == 0 || run < 16 || i >= units) return i;
+  const int half = (units + 1) / 2;
+  return i < half ? 2 * i : 2 * (i - half) + 1;
 }
 
 // Whether it holds for any thread that shares a barrier with this one: a warp for small teams, else the block.
@@ -318,13 +337,17 @@ struct Place {
   }
 };
 
-// Op: Input (where a row's elements come from), Values<K> (K of them), Entry (what a channel of a sample needs), and
-// entry(n, c), slow(entry), fast(entry, values, k); for slow entries the same in float64, Exact, exact_entry and exact. An entry is looked
-// up once for as long as a thread stays in its channels: for good in channels-last, once a vector elsewhere.
+// Op: Input (where a row's elements come from), Values<K> (K of them), Entry (what a channel of a sample needs), Group (the part
+// of it that its group needs), and unit(n, c), group(unit), entry(group, c), slow(entry), fast(entry, values, k); for slow
+// entries the same in float64, Exact, exact_entry and exact. An
+// entry is looked up once for as long as a thread stays in its channels: for good in channels-last, where a few threads may
+// have nothing to do for it, once a vector elsewhere.
 //
-// SAME_CHANNEL: every aligned vector of the output lies in one channel.
+// VECTOR_CHANNELS: channels that an aligned vector of the output lies in at most. 1, 2 (a channel's run is at least a
+// vector), or 16 for any number.
+constexpr int ENTRIES = VECTOR_CHANNELS < VY ? VECTOR_CHANNELS : VY;
+
 template <class Op> __device__ __forceinline__ void apply(const Op& op, const Global<y_t>& out, const Box& box) {
-  constexpr int ENTRIES = SAME_CHANNEL ? 1 : VY;
   typename Op::Entry entry[ENTRIES];
   int known = -1;  // sample and position in a row that the entries belong to
   const int segments = box.segments(), length = box.segment_length();
@@ -332,7 +355,14 @@ template <class Op> __device__ __forceinline__ void apply(const Op& op, const Gl
   const bool aligned = head0 == 0 && (segments == 1 || step == 0) && length % VY == 0;
   const int vectors = aligned ? length / VY : (length + 2 * VY - 2) / VY, count = segments * vectors;
   const Divisor by_vectors(vectors), by_rows(box.nr), by_width(box.width), by_columns(box.ncol);
-  for (int v = threadIdx.x; v < count; v += blockDim.x) {
+  // A step of whole rows, if it leaves few threads without work: 255 of 256 for rows of 30 channels of 2 bytes.
+  int stride = blockDim.x;
+  if (ENTRIES > 2) {
+    const int rows_of_vectors = box.flat ? box.width / min(box.width & -box.width, VY) : vectors;
+    const int whole = stride / rows_of_vectors * rows_of_vectors;
+    if (8 * whole >= 7 * stride) stride = whole;
+  }
+  for (int v = threadIdx.x < stride ? threadIdx.x : count; v < count; v += stride) {
     int s = segments == 1 ? 0 : by_vectors.quotient(v);
     Place place;
     place.n = box.ns == 1 || box.flat ? 0 : by_rows.quotient(s);
@@ -350,15 +380,25 @@ template <class Op> __device__ __forceinline__ void apply(const Op& op, const Gl
     place.c = by_columns.quotient(q);
     place.i = q - place.c * box.ncol;
     if (first == e && last == e + VY) {
-      // A vector across the end of a row may end in another sample: its entries are not kept.
-      const int position = SAME_CHANNEL ? place.n * box.nc + place.c : q + VY <= box.width ? place.n * box.width + q : -1;
+      // Elements of the vector in its first channel.
+      const int here = ENTRIES == 2 ? box.ncol - place.i : VY;
+      // The entries of a vector that ends in another sample are not kept.
+      const bool one_sample = box.ns == 1 || (box.nr - place.r) * box.width - q >= VY;
+      const int position = ENTRIES == 1 ? place.n * box.nc + place.c : one_sample ? place.n * box.width + q : -1;
       if (position < 0 || position != known) {
         known = position;
         Place next = place;
+        typename Op::Group group;
+        int unit = -1;  // whose it is
 #pragma unroll
         for (int k = 0; k < ENTRIES; ++k) {
-          entry[k] = op.entry(next.n, next.c);
-          if (k + 1 < ENTRIES) next.step(box);
+          const int other = op.unit(next.n, next.c);
+          if (other != unit) group = op.group(unit = other);
+          entry[k] = op.entry(group, next.c);
+          if (k + 1 < ENTRIES) {
+            if (ENTRIES == 2) next.i = here < VY ? box.ncol - 1 : next.i - 1;  // to the next channel, if it gets there
+            next.step(box);
+          }
         }
       }
       bool plain = true;
@@ -369,26 +409,23 @@ template <class Op> __device__ __forceinline__ void apply(const Op& op, const Gl
       Pack<y_t, VY> pack;
       if (plain) {
 #pragma unroll
-        for (int k = 0; k < VY; ++k)
-          pack.element[k] = from_real<Y_DTYPE>(op.fast(entry[SAME_CHANNEL ? 0 : k], values, k));
+        for (int k = 0; k < VY; ++k) {
+          const typename Op::Entry one = ENTRIES == 2 && k >= here ? entry[ENTRIES - 1] : entry[ENTRIES == VY ? k : 0];
+          pack.element[k] = from_real<Y_DTYPE>(op.fast(one, values, k));
+        }
       } else {
-        Place next = place;
-        typename Op::Exact exact = op.exact_entry(next.n, next.c);
 #pragma unroll
         for (int k = 0; k < VY; ++k) {
-          const typename Op::Entry& one = entry[SAME_CHANNEL ? 0 : k];
-          pack.element[k] =
-              op.slow(one) ? from_double<Y_DTYPE>(op.exact(exact, values, k)) : from_real<Y_DTYPE>(op.fast(one, values, k));
-          if (!SAME_CHANNEL && k + 1 < VY) {
-            next.step(box);
-            exact = op.exact_entry(next.n, next.c);
-          }
+          const typename Op::Entry one = op.entry(op.group(op.unit(place.n, place.c)), place.c);
+          pack.element[k] = op.slow(one) ? from_double<Y_DTYPE>(op.exact(op.exact_entry(place.n, place.c), values, k))
+                                         : from_real<Y_DTYPE>(op.fast(one, values, k));
+          place.step(box);
         }
       }
       store_pack<y_t, VY>(to + e, pack, true);
     } else {
       for (int k = first; k < last; ++k) {
-        const typename Op::Entry one = op.entry(place.n, place.c);
+        const typename Op::Entry one = op.entry(op.group(op.unit(place.n, place.c)), place.c);
         typename Op::template Values<1> values;
         op.load(values, from, k, place.n, place.r, place.c * box.ncol + place.i);
         to[k] = op.slow(one) ? from_double<Y_DTYPE>(op.exact(op.exact_entry(place.n, place.c), values, 0))

@@ -41,10 +41,11 @@ extern "C" __global__ void copy_elements(const void* from, void* to, const int b
   else ((unsigned long long*)to)[at.to] = ((const unsigned long long*)from)[at.from];
 }
 
-// Elements of any float dtype as float64.
-extern "C" __global__ void copy_to_float64(const void* from, double* to, const int dtype, const long long count, AXES) {
+// Elements of another dtype, rounded once.
+extern "C" __global__ void convert_elements(const void* from, void* to, const int from_dtype, const int to_dtype,
+                                            const long long count, AXES) {
   const long long e = (long long)blockIdx.x * blockDim.x + threadIdx.x;
   if (e >= count) return;
   const Places at(e, AXES_ARGUMENTS);
-  to[at.to] = load_any(from, dtype, at.from);
+  store_any(to, to_dtype, at.to, load_any(from, from_dtype, at.from));
 }

@@ -6,13 +6,13 @@
 // alone its normalize.
 //
 // Accumulators: float32 over SHORT_RUN elements, float64 beyond (float64 arrays: float64 throughout, means in two parts).
-// Requires: blocks of a power of two of threads, at least 32 and at most THREADS; dynamic shared memory as
+// Requires: blocks of a power of two of threads, at least 32 and as many as the launch bounds say at most; dynamic shared memory as
 // config.Box.shared says; x and y may be the same memory where they have the same strides.
 //
-// Options: X_DTYPE, Y_DTYPE, ACTIVATION, MASKED, SAME_CHANNEL.
+// Options: X_DTYPE, Y_DTYPE, ACTIVATION, MASKED, VECTOR_CHANNELS.
 
 // One block a box: groups of one or more samples.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void FORWARD_BOUNDS
     forward(BOX_PARAMETERS, const int team, const x_t* x, const long long x_sn, const long long x_so,
             PARAMETERS, const double eps, y_t* y,
             const long long y_sn, const long long y_so, double* mean, double* rstd MASK_PARAMETERS) {
@@ -20,8 +20,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const int most_units = samples * max(1, channels / D);
   double* scratch = shared;
   const Statistics statistics(shared + SCRATCH, most_units);
-  Tables tables(reinterpret_cast<unsigned char*>(shared + SCRATCH + (3 * most_units + 1) / 2 * 2), most_units);
-  unsigned char* bytes = align_16(tables.end(channels));
+  const Tables tables(shared + SCRATCH + Statistics::VALUES * most_units, most_units, channels, 0);
+  unsigned char* bytes = align_16(tables.end());
 
   const Global<const x_t> source(x, x_sn, x_so, box, inner);
   Shared<x_t> tile(reinterpret_cast<x_t*>(bytes), source, box);
@@ -36,17 +36,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
   const int units = box.ns * box.groups, teams = blockDim.x / team, lane = threadIdx.x & (team - 1);
   for (int first = 0; first < units; first += teams) {
-    const int u = first + threadIdx.x / team, n = u / box.groups, k = u - n * box.groups;
-    const Moments m = moments_of(tile, mask, box, n, k, u < units ? box.nr : 0, lane, team, scratch);
+    const int u = in_turn(first + threadIdx.x / team, units, box.run), n = u / box.groups, k = u - n * box.groups;
+    Moments m = moments_of(tile, mask, box, n, k, u < units ? box.nr : 0, lane, team, scratch);
     if (u < units && lane == 0) {
+      m.fit(eps);
       const double r = m.rstd(eps);
-      statistics.mean[u] = m.mean;
-      statistics.low[u] = m.low;
-      statistics.rstd[u] = r;
-      tables.centres[u] = Centre(statistics, u);
+      const Statistic statistic = {m.mean, m.low, r, m.unit};
+      statistics.set(u, statistic);
+      tables.set_centre(u, Centre(statistic));
       const long long at = (box.n0 + n) * (C / D) + box.g0 + k;
-      mean[at] = m.mean;
-      rstd[at] = r;
+      mean[at] = m.mean / m.unit;
+      rstd[at] = r * m.unit;
     }
   }
   __syncthreads();
@@ -55,8 +55,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   apply(operation, Global<y_t>(y, y_sn, y_so, box, inner), box);
 }
 
-// One block a box, which may be a part of a group. Writes (mean, low, root of m2, count) of each of its groups.
-extern "C" __global__ void __launch_bounds__(SPLIT_THREADS, 3)
+// One block a box, which may be a part of a group. Writes PART values of each of its groups.
+extern "C" __global__ void MOMENTS_BOUNDS
     moments(BOX_PARAMETERS, const int team, const x_t* x, const long long x_sn, const long long x_so,
             double* partial MASK_PARAMETERS) {
   const Box box(BOX_ARGUMENTS, blockIdx.x);
@@ -74,98 +74,115 @@ extern "C" __global__ void __launch_bounds__(SPLIT_THREADS, 3)
 
   const int units = box.ns * box.groups, teams = blockDim.x / team, lane = threadIdx.x & (team - 1);
   for (int first = 0; first < units; first += teams) {
-    const int u = first + threadIdx.x / team, n = u / box.groups, k = u - n * box.groups;
+    const int u = in_turn(first + threadIdx.x / team, units, box.run), n = u / box.groups, k = u - n * box.groups;
     const Moments m = moments_of(tile, mask, box, n, k, u < units ? box.nr : 0, lane, team, scratch);
     if (u < units && lane == 0) {
-      double* to = partial + 4 * (((box.n0 + n) * box.parts + box.part) * (C / D) + box.g0 + k);
-      to[0] = m.mean;
-      to[1] = m.low;
-      to[2] = m.root();
-      to[3] = m.count;
+      write_part(partial + PART * (((box.n0 + n) * box.parts + box.part) * (C / D) + box.g0 + k), m);
     }
   }
 }
 
-__device__ __forceinline__ void write_moments(const Moments& m, long long group, double eps, int result, double* mean,
-                                              double* low, double* rstd, double* elements, double* m2, long long* count) {
-  mean[group] = m.mean;
-  if (result == 1) {
-    m2[group] = m.m2 / m.scale / m.scale;
-    count[group] = (long long)m.count;
-  } else {
-    low[group] = m.low;
-    rstd[group] = m.rstd(eps);
-    elements[group] = m.count;
-  }
-}
+// What the merged moments of a group become: (mean, m2, count) of the public function, `count` given; or (mean, rstd) where
+// the caller wants them, and the planes that the other kernels read, with the caller's rstd where there is one.
+struct Results {
+  double *mean, *rstd, *m2;
+  long long* count;
+  const double* rstd_given;
+  Planes planes;
+  double eps;
+  int public_moments, have_rstd;
 
-// One team a group: merges the moments of its `parts`. Writes mean, low, rstd and the number of
-// elements; or mean, m2 and count (result 1); or (result 2) to `mean` what `moments` writes of a part, (N, G, 4).
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+  __device__ __forceinline__ void write(Moments m, long long group) const {
+    if (public_moments) {
+      mean[group] = m.mean / m.unit;
+      m2[group] = m.m2 / m.unit / m.unit;
+      count[group] = (long long)m.count;
+      return;
+    }
+    m.fit(eps);
+    const double r = have_rstd ? rstd_given[group] / m.unit : m.rstd(eps);
+    mean[group] = m.mean / m.unit;
+    rstd[group] = r * m.unit;
+    planes.at(MEAN, group) = m.mean;
+    planes.at(LOW, group) = m.low;
+    planes.at(RSTD, group) = r;
+    planes.at(UNIT, group) = m.unit;
+    planes.at(COUNT, group) = m.count;
+  }
+};
+#define RESULTS                                                                                                        \
+  const double eps, const int public_moments, const double *rstd_given, const int have_rstd, double *mean, double *rstd, \
+      double *m2, long long *count, double *planes
+#define RESULTS_OF(groups) {mean, rstd, m2, count, rstd_given, {planes, groups}, eps, public_moments, have_rstd}
+
+// One team a group: merges the moments of its `parts`; or, where the groups are channels (of labelled groups), writes to
+// channel_moments what `moments` writes of a part, (N, G, PART).
+extern "C" __global__ void MERGE_BOUNDS
     merge_moments(const double* partial, const long long groups_of_all, const int G, const int parts, const int team,
-                  const double eps, const int result, double* mean, double* low, double* rstd, double* elements, double* m2,
-                  long long* count) {
+                  double* channel_moments, const int channels_only, RESULTS) {
   const long long group = (long long)blockIdx.x * (blockDim.x / team) + threadIdx.x / team;
   const int lane = threadIdx.x & (team - 1), mine = group < groups_of_all ? parts : 0;
-  const double* from = partial + 4 * ((group / G) * parts * G + group % G);
-  const Moments m = merge_parts(from, 4ll * G, mine, lane, team, shared);
+  const double* from = partial + PART * ((group / G) * parts * G + group % G);
+  const Moments m = merge_parts(from, (long long)PART * G, mine, lane, team, shared);
   if (lane == 0 && mine) {
-    if (result == 2) {
-      mean[4 * group] = m.mean;
-      mean[4 * group + 1] = m.low;
-      mean[4 * group + 2] = m.root();
-      mean[4 * group + 3] = m.count;
-    } else {
-      write_moments(m, group, eps, result, mean, low, rstd, elements, m2, count);
-    }
+    const Results results = RESULTS_OF(groups_of_all);
+    if (channels_only) write_part(channel_moments + PART * group, m);
+    else results.write(m, group);
   }
 }
 
 // One block a group of a sample, of the channels order[bounds[g]] ... order[bounds[g + 1] - 1]: merges their moments,
-// channel_moments: (N, C, 4), and writes as merge_moments. The sums do not depend on the order of the channels, to the bit.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    merge_labels(const double* channel_moments, const int C, const int G, const int* order, const int* bounds,
-                 const double eps, const int result, double* mean, double* low, double* rstd, double* elements, double* m2,
-                 long long* count) {
+// channel_moments: (N, C, PART). The sums do not depend on the order of the channels, to the bit.
+extern "C" __global__ void MERGE_BOUNDS
+    merge_labels(const double* channel_moments, const int C, const int G, const int* order, const int* bounds, RESULTS) {
   double* scratch = shared;
   const long long n = blockIdx.x / G;
   const int g = (int)(blockIdx.x - n * G), channels = bounds[g + 1] - bounds[g];
-  const auto of = [&](int k) { return channel_moments + 4 * (n * C + order[bounds[g] + k]); };
+  const auto of = [&](int k) { return channel_moments + PART * (n * C + order[bounds[g] + k]); };
   const auto sum = [&](auto value) { return sum_in_any_order(channels, threadIdx.x, blockDim.x, scratch, value); };
   Moments m;
   m.count = sum([&](int k) { return of(k)[3]; });
-  // A power of two that keeps the squares in range, from the means and the spreads.
-  double largest = 0;
+  // The unit of the largest channel, then one that keeps the squares in range.
+  double most = 0, largest = 0;
+  if (REAL_IS_DOUBLE) {
+    for (int k = threadIdx.x; k < channels; k += blockDim.x)
+      if (of(k)[3] > 0) most = fmax(most, 1 / of(k)[4]);
+    most = team_max(most, blockDim.x, scratch);
+  }
+  m.unit = REAL_IS_DOUBLE && most > 0 ? 1 / most : 1;
+  const auto to_unit = [&](int k) { return REAL_IS_DOUBLE ? m.unit / of(k)[4] : 1; };
   for (int k = threadIdx.x; k < channels; k += blockDim.x)
-    if (of(k)[3] > 0) largest = fmax(largest, fmax(fabs(of(k)[0]), of(k)[2]));
+    if (of(k)[3] > 0) largest = fmax(largest, fmax(fabs(of(k)[0]), of(k)[2]) * to_unit(k));
   largest = team_max(largest, blockDim.x, scratch);
-  m.scale = largest > 1e-130 && largest < 1e130 ? 1 : to_unity(largest);
-  const double unit = m.scale;
-  const double centre = sum([&](int k) { return of(k)[3] > 0 ? of(k)[3] * (of(k)[0] * unit) : 0; }) / m.count;
-  const auto distance = [&](int k) { return (of(k)[0] * unit - centre) + of(k)[1] * unit; };
+  if (!(largest > 1e-130 && largest < 1e130)) m.unit *= to_unity(largest);
+  const double centre = sum([&](int k) { return of(k)[3] > 0 ? of(k)[3] * (of(k)[0] * to_unit(k)) : 0; }) / m.count;
+  const auto distance = [&](int k) { return (of(k)[0] * to_unit(k) - centre) + of(k)[1] * to_unit(k); };
   const double correction = sum([&](int k) { return of(k)[3] > 0 ? of(k)[3] * distance(k) : 0; }) / m.count;
   m.m2 = sum([&](int k) {
-    const double d = distance(k) - correction, root = of(k)[2] * unit;
+    const double d = distance(k) - correction, root = of(k)[2] * to_unit(k);
     return of(k)[3] > 0 ? fma(root, root, of(k)[3] * (d * d)) : 0;
   });
   two_sum(centre, correction, m.mean, m.low);
-  m.mean /= unit;
-  m.low /= unit;
-  if (threadIdx.x == 0) write_moments(m, n * G + g, eps, result, mean, low, rstd, elements, m2, count);
+  const Results results = RESULTS_OF((long long)gridDim.x);
+  if (threadIdx.x == 0) results.write(m, blockIdx.x);
 }
 
-// One block a box: x read once, y written once, under the statistics in mean, low (where have_low) and rstd, (N, G).
-extern "C" __global__ void __launch_bounds__(SPLIT_THREADS, 3)
-    apply_statistics(BOX_PARAMETERS, const x_t* x, const long long x_sn, const long long x_so,
-                     const double* mean, const double* low, const int have_low, const double* rstd, const int G,
-                     const int* labels, const int labelled, PARAMETERS, y_t* y, const long long y_sn, const long long y_so) {
+// One block a box: x read once, y written once, under the statistics of all groups in `planes` or, without them, the
+// caller's mean and rstd, (N, G).
+extern "C" __global__ void APPLY_BOUNDS
+    apply_statistics(BOX_PARAMETERS, const x_t* x, const long long x_sn, const long long x_so, const double* mean,
+                     const double* rstd, double* planes, const int have_planes, const int G, const int* labels,
+                     const int labelled, PARAMETERS, y_t* y, const long long y_sn, const long long y_so) {
   const Box box(BOX_ARGUMENTS, blockIdx.x);
   const int most_units = samples * max(1, channels / D);
-  Statistics statistics(shared, most_units);
-  Tables tables(reinterpret_cast<unsigned char*>(shared + (3 * most_units + 1) / 2 * 2), most_units);
+  const Statistics statistics(shared, most_units);
+  const Tables tables(shared + Statistics::VALUES * most_units, most_units, channels, 0);
   tables.fill_scales(box, {weight, bias, nullptr, nullptr, weight_dtype, bias_dtype, -1, -1});
-  statistics.load(mean, low, have_low, rstd, G, labels, labelled, box);
-  tables.fill_centres(box, statistics);  // each thread those that it loaded
+  for_each_group(box, G, labels, labelled, [&](int u, long long group) {
+    const Statistic statistic = have_planes ? statistic_of({planes, N * G}, group) : given_statistic(mean, rstd, group);
+    statistics.set(u, statistic);
+    tables.set_centre(u, Centre(statistic));
+  });
   __syncthreads();
   const Normalization<Global<const x_t>> operation(Global<const x_t>(x, x_sn, x_so, box, inner), statistics, tables, box);
   apply(operation, Global<y_t>(y, y_sn, y_so, box, inner), box);

@@ -9,14 +9,30 @@
 // rounding, 1e-8 standard deviations, would be seen.
 #define EXACT_MEAN (X_DTYPE == FLOAT32 && !REAL_IS_DOUBLE)
 
+// Moments of x * unit. The unit is a power of two, 1 unless squares would leave the range of float64, or subnormals lose
+// bits; only float64 arithmetic has another one.
 struct Moments {
   double count, mean, low;  // the mean in two parts, mean + low: one float64 is not enough for float64 arrays
-  double m2, scale;         // sum of ((x - mean) * scale)^2; the scale is a power of two, 1 unless m2 would leave the range
+  double m2, unit;          // sum of (x * unit - mean)^2
 
-  __device__ __forceinline__ double root() const { return sqrt(m2) / scale; }  // of the unscaled m2
+  // rstd / unit: what x * unit - mean is to be multiplied by.
   __device__ __forceinline__ double rstd(double eps) const {
-    if (scale == 1) return 1 / sqrt(m2 / count + eps);
-    return 1 / hypot(sqrt(m2 / count) / scale, sqrt(eps));
+    if (unit == 1) return 1 / sqrt(m2 / count + eps);
+    return 1 / hypot(sqrt(m2 / count), sqrt(eps) * unit);
+  }
+  // The same in another unit, x * unit * factor.
+  __device__ __forceinline__ void change_unit(double factor) {
+    mean *= factor;
+    low *= factor;
+    m2 = m2 * factor * factor;
+    unit *= factor;
+  }
+  // A unit in which sqrt(eps) is in range, too: it decides where x is far smaller, or as good as constant.
+  __device__ __forceinline__ void fit(double eps) {
+    if (unit == 1 || !(eps > 0)) return;
+    const int size = ilogb(sqrt(eps)) + ilogb(unit);
+    if (size > 500) change_unit(ldexp(1.0, 500 - size));
+    else if (size < -500 && m2 < 0x1p-1000) change_unit(0x1p+800);
   }
 };
 
@@ -27,10 +43,11 @@ __device__ __forceinline__ void two_sum(double a, double b, double& sum, double&
   lost = (a - (sum - b_part)) + (b - b_part);
 }
 
-// Power of two that brings `largest` to between 1 and 2; 1 for values that cannot be brought there.
+// Power of two that brings `largest` to between 2 and 4, the least float64 to 2^-74; 1 for zero, infinity and NaN.
 __device__ __forceinline__ double to_unity(double largest) {
-  if (!(largest > 0x1p-1000 && largest <= 1.7976931348623157e308)) return 1;
-  return bits_of<double>((2046ull << 52) - (bits_of<unsigned long long>(largest) & 0x7ff0000000000000ull));
+  if (!(largest > 0 && largest <= 1.7976931348623157e308)) return 1;
+  if (largest < 0x1p-1000) return 0x1p+1000;
+  return bits_of<double>((2047ull << 52) - (bits_of<unsigned long long>(largest) & 0x7ff0000000000000ull));
 }
 
 // Moments of unit (n, k), group k of sample n in the box, by a team. Called by the whole block; `rows` is 0 for teams
@@ -89,7 +106,7 @@ __device__ __forceinline__ Moments moments_of(const Shared<x_t>& x, const Mask& 
        });
   total = team_sum({s1, s2}, team, scratch);
   if (EXACT_MEAN) total.a = (average - estimate) * count;
-  double centre = estimate, scale = 1;
+  double centre = estimate, unit = 1;
 
 #if REAL_IS_DOUBLE
   const bool slow = !(total.b >= count * 1e-250 && total.b <= 1e250);
@@ -123,38 +140,53 @@ __device__ __forceinline__ Moments moments_of(const Shared<x_t>& x, const Mask& 
     if (slow) {
       total = slow_total;
       centre = slow_centre;
-      scale = wanted;
+      unit = wanted;
     }
   }
   Moments m;
   m.count = count;
-  m.scale = scale;
+  m.unit = unit;
   two_sum(centre, total.a / count, m.mean, m.low);
   m.m2 = fmax(total.b - total.a * (total.a / count), 0.0);
   if (!(total.b == total.b)) m.m2 = total.b;  // fmax would drop a NaN
-  if (scale != 1) {
-    m.mean /= scale;
-    m.low /= scale;
-  }
   return m;
 }
 
-// Moments of a group from those of its parts, (mean, low, root of m2, count) every `stride` doubles, by a team: Chan's
-// formula about the mean of the first part that has elements, in the order of the parts.
+// What is written of the moments of a part of a group: mean, low, root of m2, count; in float64 arithmetic the unit.
+constexpr int PART = REAL_IS_DOUBLE ? 5 : 4;
+__device__ __forceinline__ void write_part(double* to, const Moments& m) {
+  to[0] = m.mean;
+  to[1] = m.low;
+  to[2] = sqrt(m.m2);
+  to[3] = m.count;
+  if (REAL_IS_DOUBLE) to[4] = m.unit;
+}
+
+// Moments of a group from those of its parts, PART values every `stride` doubles, by a team: Chan's formula about the mean of
+// the first part that has elements, in the order of the parts and in the unit of the largest.
 __device__ __forceinline__ Moments merge_parts(const double* from, long long stride, int parts, int lane, int team,
                                                double* scratch) {
+  double most = 0;  // of the inverse units
+  if (REAL_IS_DOUBLE)
+    for (int p = lane; p < parts; p += team)
+      if (from[p * stride + 3] > 0) most = fmax(most, 1 / from[p * stride + 4]);
+  if (REAL_IS_DOUBLE) most = team_max(most, team, scratch);
+  Moments merged;
+  merged.unit = REAL_IS_DOUBLE && most > 0 ? 1 / most : 1;
+  const auto to_unit = [&](const double* q) { return REAL_IS_DOUBLE ? merged.unit / q[4] : 1; };
   double high0 = 0, low0 = 0;
   if (parts) {
     int p = 0;
     while (p < parts - 1 && !(from[p * stride + 3] > 0)) ++p;
-    high0 = from[p * stride];
-    low0 = from[p * stride + 1];
+    high0 = from[p * stride] * to_unit(from + p * stride);
+    low0 = from[p * stride + 1] * to_unit(from + p * stride);
   }
   double elements = 0, shifted = 0, largest = 0;
   double first_distance = 0, first_root = 0, first_count = 0;  // of the thread's first part: often its only one
+  const auto distance = [&](const double* q) { return (q[0] * to_unit(q) - high0) + (q[1] * to_unit(q) - low0); };
   for (int p = lane; p < parts; p += team) {
     const double* q = from + p * stride;
-    const double m = q[3], d = (q[0] - high0) + (q[1] - low0), root = q[2];
+    const double m = q[3], d = distance(q), root = q[2] * to_unit(q);
     if (m > 0) {
       elements += m;
       shifted = fma(m, d, shifted);
@@ -164,24 +196,35 @@ __device__ __forceinline__ Moments merge_parts(const double* from, long long str
   }
   const Pair sums = team_sum({elements, shifted}, team, scratch);
   largest = team_max(largest, team, scratch);
-  Moments merged;
-  merged.scale = largest > 1e-130 && largest < 1e130 ? 1 : to_unity(largest);
+  const double factor = largest > 1e-130 && largest < 1e130 ? 1 : to_unity(largest);
   const double correction = sums.b / sums.a;  // no elements: NaN, as the mean of none
   double squares = 0;
   for (int p = lane; p < parts; p += team) {
     const double* q = from + p * stride;
     const double m = p == lane ? first_count : q[3];
     if (m > 0) {
-      const double from_first = p == lane ? first_distance : (q[0] - high0) + (q[1] - low0);
-      const double d = (from_first - correction) * merged.scale, root = (p == lane ? first_root : q[2]) * merged.scale;
+      const double d = ((p == lane ? first_distance : distance(q)) - correction) * factor;
+      const double root = (p == lane ? first_root : q[2] * to_unit(q)) * factor;
       squares += fma(root, root, m * (d * d));
     }
   }
   merged.m2 = team_sum({squares, 0}, team, scratch).a;
   merged.count = sums.a;
   two_sum(high0, correction + low0, merged.mean, merged.low);
+  merged.mean *= factor;
+  merged.low *= factor;
+  merged.unit *= factor;
   return merged;
 }
+
+// Values of all groups in global memory, a plane (N, G) of doubles for each: the statistics, and the coefficients of the
+// backward.
+enum Plane { MEAN, LOW, RSTD, UNIT, COUNT, ALONG, OFFSET };
+struct Planes {
+  double* data;
+  long long groups;  // N * G
+  __device__ __forceinline__ double& at(Plane plane, long long group) const { return data[plane * groups + group]; }
+};
 
 // Bounds of |weight|, of rstd and its inverse: within them no step of the float32 arithmetic of an element overflows or
 // loses bits to flushed subnormals that would be seen in y. What is beyond is done in float64, and marked by a NaN
@@ -195,35 +238,66 @@ __device__ __forceinline__ real in_range(double v, bool zero_is) {
 __device__ __forceinline__ double exactly(float v) { return widen(v); }
 __device__ __forceinline__ double exactly(double v) { return v; }
 
-// Statistics of the groups in the box, in shared memory, `units` of each.
-struct Statistics {
-  double *mean, *low, *rstd;
-  __device__ __forceinline__ Statistics(double* p, int units) : mean(p), low(p + units), rstd(p + 2 * units) {}
-
-  // From arrays of (N, G): those of the merge, or of the caller. labels: group of each channel, where labelled.
-  __device__ void load(const double* means, const double* lows, int have_low, const double* rstds, int G, const int* labels,
-                       int labelled, const Box& box) const {
-    for (int u = threadIdx.x; u < box.ns * box.groups; u += blockDim.x) {
-      const int n = u / box.groups, g = box.g0 + u - n * box.groups;
-      const long long at = (box.n0 + n) * G + (labelled ? labels[g] : g);
-      mean[u] = means[at];
-      low[u] = have_low ? lows[at] : 0;
-      rstd[u] = rstds[at];
-    }
+// body(u, group) for each group in the box, u: by threads that share the work; group: its place among all (N, G), by the
+// label of its channel where the groups in the box are channels.
+template <class Body>
+__device__ __forceinline__ void for_each_group(const Box& box, int G, const int* labels, int labelled, Body body) {
+  for (int u = threadIdx.x; u < box.ns * box.groups; u += blockDim.x) {
+    const int n = u / box.groups, g = box.g0 + u - n * box.groups;
+    body(u, (box.n0 + n) * G + (labelled ? labels[g] : g));
   }
+}
+
+// One entry of a table in shared memory is left out every 128 bytes, so that entries a power of two apart are in different
+// banks: threads that take a vector of the 16-bit types each look up channels 8 apart.
+template <class T> __device__ __forceinline__ int spread(int i) { return i + i / (int)(128 / sizeof(T)); }
+
+// Of a group: of x * unit, rstd / unit.
+struct Statistic {
+  double mean, low, rstd, unit;
+};
+// The caller's, of group `group` of all: where x or rstd are near an end of the range, in a unit that keeps x - mean in it.
+__device__ __forceinline__ Statistic given_statistic(const double* mean, const double* rstd, long long group) {
+  const double unit = REAL_IS_DOUBLE && (fabs(mean[group]) > 0x1p+1000 || rstd[group] < 0x1p-1000) ? 0x1p-100 : 1;
+  return {mean[group] * unit, 0, rstd[group] / unit, unit};
+}
+__device__ __forceinline__ Statistic statistic_of(const Planes& from, long long group) {
+  return {from.at(MEAN, group), from.at(LOW, group), from.at(RSTD, group), REAL_IS_DOUBLE ? from.at(UNIT, group) : 1};
+}
+
+// Those of the groups in the box, in shared memory, `units` of each value.
+struct Statistics {
+  double* data;
+  int units;
+  __device__ __forceinline__ Statistics(double* p, int units) : data(p), units(units) {}
+  __device__ __forceinline__ double& mean(int u) const { return data[u]; }
+  __device__ __forceinline__ double& low(int u) const { return data[units + u]; }
+  __device__ __forceinline__ double& rstd(int u) const { return data[2 * units + u]; }
+  __device__ __forceinline__ double unit(int u) const { return REAL_IS_DOUBLE ? data[3 * units + u] : 1; }
+  __device__ __forceinline__ void set(int u, const Statistic& s) const {
+    mean(u) = s.mean;
+    low(u) = s.low;
+    rstd(u) = s.rstd;
+    if (REAL_IS_DOUBLE) data[3 * units + u] = s.unit;
+  }
+  static constexpr int VALUES = REAL_IS_DOUBLE ? 4 : 3;
 };
 
-// A group in the arithmetic of the elements: the mean in two parts. x_hat = ((x - high) - low) * rstd.
+// A group in the arithmetic of the elements: the mean in two parts. x_hat = centred(x) * rstd.
 struct Centre {
-  real high, low, rstd;
-  __device__ __forceinline__ Centre(const Statistics& s, int u) {
-    const double mean = s.mean[u];
-    high = (real)mean;
-    low = (real)((mean - high) + s.low[u]);
-    rstd = REAL_IS_DOUBLE || fabs(mean) <= 0x1p+100 ? in_range(s.rstd[u], false) : (real)bits_of<float>(0x7fc00000u);
+  real high, low, rstd, unit;
+  __device__ __forceinline__ Centre(const Statistic& s) {
+    high = (real)s.mean;
+    low = (real)((s.mean - high) + s.low);
+    rstd = REAL_IS_DOUBLE || fabs(s.mean) <= 0x1p+100 ? in_range(s.rstd, false) : (real)bits_of<float>(0x7fc00000u);
+    unit = (real)s.unit;
   }
   Centre() = default;
 };
+// x - mean, in the group's unit; the product with it is exact.
+template <class Entry> __device__ __forceinline__ real centred(const Entry& e, real x) {
+  return (REAL_IS_DOUBLE ? fma(x, e.unit, -e.high) : x - e.high) - e.low;
+}
 
 // Weight and bias of a channel, and their tangents: exact, for float64 ones have float64 arithmetic.
 struct Scale {
@@ -250,34 +324,78 @@ struct Parameters {
 #define PARAMETERS const void *weight, const int weight_dtype, const void *bias, const int bias_dtype
 #define TANGENTS const void *tweight, const int tweight_dtype, const void *tbias, const int tbias_dtype
 
-// Both tables of a box, in shared memory: what `apply` looks up for a channel of a sample.
+// What a group adds to each element in the backward: along * x_hat + offset; in float32 along * d + offset with d = x - mean,
+// one rounding less (in float64 the square of rstd in it would leave the range).
+struct Coefficient {
+  real along, offset;
+};
+
+// Tables of a box in shared memory, one of each value: what `apply` looks up for a channel of a sample.
 struct Tables {
-  Centre* centres;  // of its groups
-  Scale* scales;    // of its channels
-  __device__ __forceinline__ Tables(unsigned char* p, int most_units)
-      : centres(reinterpret_cast<Centre*>(p)), scales(reinterpret_cast<Scale*>(centres + (most_units + 1) / 2 * 2)) {}
-  __device__ __forceinline__ unsigned char* end(int channels) const {
-    return reinterpret_cast<unsigned char*>(scales + (channels + 1) / 2 * 2);
+  real *of_groups, *of_channels;
+  int group_step, channel_step;  // from the table of a value to the next
+  static constexpr int GROUP_VALUES = REAL_IS_DOUBLE ? 4 : 3, CHANNEL_VALUES = TANGENT ? 4 : 2;
+
+  // `coefficients`: 2 where they are kept, else 0.
+  __device__ __forceinline__ Tables(double* p, int units, int channels, int coefficients)
+      : of_groups(reinterpret_cast<real*>(p)), group_step(spread<real>(units)), channel_step(spread<real>(channels)) {
+    of_channels = of_groups + (GROUP_VALUES + coefficients) * group_step;
   }
-  __device__ void fill_scales(const Box& box, const Parameters& p) {
-    for (int c = threadIdx.x; c < box.nc; c += blockDim.x) {
-      scales[c].weight = narrowed(parameter(p.weight, p.weight_dtype, box.c0 + c, 1));
-      scales[c].bias = narrowed(parameter(p.bias, p.bias_dtype, box.c0 + c, 0));
+  __device__ __forceinline__ unsigned char* end() const {
+    return reinterpret_cast<unsigned char*>(of_channels + CHANNEL_VALUES * channel_step);
+  }
+  __device__ __forceinline__ real& group(int value, int u) const { return of_groups[value * group_step + spread<real>(u)]; }
+  __device__ __forceinline__ real& channel(int value, int c) const {
+    return of_channels[value * channel_step + spread<real>(c)];
+  }
+
+  __device__ __forceinline__ Centre centre(int u) const {
+    Centre centre;
+    centre.high = group(0, u);
+    centre.low = group(1, u);
+    centre.rstd = group(2, u);
+    centre.unit = REAL_IS_DOUBLE ? group(3, u) : (real)1;
+    return centre;
+  }
+  __device__ __forceinline__ void set_centre(int u, const Centre& centre) const {
+    group(0, u) = centre.high;
+    group(1, u) = centre.low;
+    group(2, u) = centre.rstd;
+    if (REAL_IS_DOUBLE) group(3, u) = centre.unit;
+  }
+  __device__ __forceinline__ Coefficient coefficient(int u) const {
+    return {group(GROUP_VALUES, u), group(GROUP_VALUES + 1, u)};
+  }
+  __device__ __forceinline__ void set_coefficient(int u, const Coefficient& coefficient) const {
+    group(GROUP_VALUES, u) = coefficient.along;
+    group(GROUP_VALUES + 1, u) = coefficient.offset;
+  }
+  __device__ __forceinline__ Scale scale(int c) const {
+    Scale scale;
+    scale.weight = channel(0, c);
+    scale.bias = channel(1, c);
 #if TANGENT
-      scales[c].tweight = narrowed(parameter(p.tweight, p.tweight_dtype, box.c0 + c, 0));
-      scales[c].tbias = narrowed(parameter(p.tbias, p.tbias_dtype, box.c0 + c, 0));
+    scale.tweight = channel(2, c);
+    scale.tbias = channel(3, c);
+#endif
+    return scale;
+  }
+  __device__ void fill_scales(const Box& box, const Parameters& p) const {
+    for (int c = threadIdx.x; c < box.nc; c += blockDim.x) {
+      channel(0, c) = narrowed(parameter(p.weight, p.weight_dtype, box.c0 + c, 1));
+      channel(1, c) = narrowed(parameter(p.bias, p.bias_dtype, box.c0 + c, 0));
+#if TANGENT
+      channel(2, c) = narrowed(parameter(p.tweight, p.tweight_dtype, box.c0 + c, 0));
+      channel(3, c) = narrowed(parameter(p.tbias, p.tbias_dtype, box.c0 + c, 0));
 #endif
     }
   }
   static __device__ __forceinline__ real narrowed(double v) { return REAL_IS_DOUBLE ? (real)v : (real)narrow(v); }
-  __device__ void fill_centres(const Box& box, const Statistics& statistics) {
-    for (int u = threadIdx.x; u < box.ns * box.groups; u += blockDim.x) centres[u] = Centre(statistics, u);
-  }
 };
 
-// y = act(((x - high) - low) * scale + shift): a channel of a sample.
+// y = act(centred(x) * scale + shift): a channel of a sample.
 struct Affine {
-  real high, low, scale, shift;
+  real high, low, unit, scale, shift;
 };
 
 // The operation `apply` of the forward. `From`: the box of x, in shared or in global memory.
@@ -292,6 +410,7 @@ template <class From> struct Normalization {
       : x(x), statistics(statistics), tables(tables), box(box), by_group(box.group_channels) {}
 
   typedef Affine Entry;
+  typedef Centre Group;
   struct Exact {
     double mean, low, rstd, weight, bias;
   };
@@ -303,16 +422,16 @@ template <class From> struct Normalization {
   __device__ __forceinline__ int unit(int n, int c) const {
     return n * box.groups + (box.groups == 1 ? 0 : by_group.quotient(c));
   }
-  __device__ __forceinline__ Affine entry(int n, int c) const {
-    const Centre centre = tables.centres[unit(n, c)];
-    const Scale scale = tables.scales[c];
-    return {centre.high, centre.low, scale.times(centre.rstd), scale.bias};
+  __device__ __forceinline__ Centre group(int u) const { return tables.centre(u); }
+  __device__ __forceinline__ Affine entry(const Centre& centre, int c) const {
+    const Scale scale = tables.scale(c);
+    return {centre.high, centre.low, centre.unit, scale.times(centre.rstd), scale.bias};
   }
   __device__ __forceinline__ bool slow(const Affine& entry) const { return !REAL_IS_DOUBLE && entry.scale != entry.scale; }
   __device__ __forceinline__ Exact exact_entry(int n, int c) const {
     const int u = unit(n, c);
-    return {statistics.mean[u], statistics.low[u], statistics.rstd[u], exactly(tables.scales[c].weight),
-            exactly(tables.scales[c].bias)};
+    const Scale scale = tables.scale(c);
+    return {statistics.mean(u), statistics.low(u), statistics.rstd(u), exactly(scale.weight), exactly(scale.bias)};
   }
 
   __device__ __forceinline__ const x_t* input(int n, int r) const { return x.row(n, r); }
@@ -320,8 +439,7 @@ template <class From> struct Normalization {
     values.x = load_pack<x_t, K>(from + e, (size_t)(from + e) % (K * sizeof(x_t)) == 0);
   }
   template <int K> __device__ __forceinline__ real fast(const Affine& entry, const Values<K>& values, int k) const {
-    const real d = (to_real<X_DTYPE>(values.x.element[k]) - entry.high) - entry.low;
-    return activate(fma(d, entry.scale, entry.shift));
+    return activate(fma(centred(entry, to_real<X_DTYPE>(values.x.element[k])), entry.scale, entry.shift));
   }
   template <int K> __device__ __forceinline__ double exact(const Exact& entry, const Values<K>& values, int k) const {
     const double d = (to_double<X_DTYPE>(values.x.element[k]) - entry.mean) - entry.low;

@@ -1,8 +1,8 @@
 // Element types as plain storage, conversions that are right under -ftz=true, and packs of elements.
 //
 // CuPy compiles with -ftz=true: float32 arithmetic flushes subnormals. bfloat16 is converted by integer operations, and
-// float16 by the hardware's cvt (which has no flushing for 16-bit operands) or, where PTX cannot run (a CPU build), by
-// integer operations that give the same bits. 16-bit values travel as unsigned short: no CUDA header is needed.
+// float16 by the hardware's cvt, which flushes no 16-bit operand. 16-bit values travel as unsigned short: no CUDA header is
+// needed.
 //
 // Options: X_DTYPE (x and dy), Y_DTYPE (y and dx), each one of the names below; REAL_IS_DOUBLE.
 #define FLOAT16 0
@@ -49,17 +49,9 @@ template <class To, class From> __device__ __forceinline__ To bits_of(From value
 // ---- to float32 and float64, exactly
 
 __device__ __forceinline__ float half_to_float(unsigned short h) {
-#ifdef __CUGN_SIMT__
-  const unsigned sign = (h & 0x8000u) << 16, magnitude = h & 0x7fffu;
-  if (magnitude >= 0x7c00u) return bits_of<float>(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
-  if (magnitude >= 0x0400u) return bits_of<float>(sign | ((magnitude << 13) + (112u << 23)));
-  const float tiny = (float)(int)magnitude * 5.9604644775390625e-8f;  // 2^-24
-  return bits_of<float>(sign | bits_of<unsigned>(tiny));
-#else
   float f;
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
   return f;
-#endif
 }
 
 __device__ __forceinline__ float bfloat_to_float(unsigned short b) { return bits_of<float>((unsigned)b << 16); }
@@ -91,23 +83,9 @@ template <int DTYPE, class T> __device__ __forceinline__ real to_real(T v) {
 // ---- from float32 and float64, to nearest even
 
 __device__ __forceinline__ unsigned short float_to_half(float f) {
-#ifdef __CUGN_SIMT__
-  const unsigned u = bits_of<unsigned>(f), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return 0x7fffu;
-  if (magnitude >= 0x477ff000u) return (unsigned short)(sign | 0x7c00u);  // 65520 and above
-  if (magnitude >= 0x38800000u) {                                        // 2^-14 and above: a normal float16
-    const unsigned even = (magnitude >> 13) & 1u;
-    return (unsigned short)(sign | ((magnitude - (112u << 23) + 0xfffu + even) >> 13));
-  }
-  if (magnitude < 0x33000000u) return (unsigned short)sign;  // below 2^-25
-  const unsigned shift = 126u - (magnitude >> 23), mantissa = (magnitude & 0x7fffffu) | 0x800000u;
-  const unsigned kept = mantissa >> shift, rest = mantissa & ((1u << shift) - 1u), half = 1u << (shift - 1u);
-  return (unsigned short)(sign | (kept + (rest > half || (rest == half && (kept & 1u)))));
-#else
   unsigned short h;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
   return h;
-#endif
 }
 
 __device__ __forceinline__ unsigned short float_to_bfloat(float f) {
@@ -141,13 +119,17 @@ template <int DTYPE> __device__ __forceinline__ typename Storage<DTYPE>::type fr
   else return from_float<DTYPE>(v);
 }
 
-// ---- arrays whose dtype is known at run time only: weight, bias, their gradients, the caller's statistics
+// ---- arrays whose dtype is known at run time only: weight, bias, their gradients, what is copied
 
 __device__ __forceinline__ double load_any(const void* p, int dtype, long long i) {
   switch (dtype) {
     case FLOAT16: return half_to_float(((const unsigned short*)p)[i]);
     case BFLOAT16: return widen(bfloat_to_float(((const unsigned short*)p)[i]));
     case FLOAT32: return widen(((const float*)p)[i]);
+    case INT8: return ((const signed char*)p)[i];
+    case UINT8: return ((const unsigned char*)p)[i];
+    case INT16: return ((const short*)p)[i];
+    case UINT16: return ((const unsigned short*)p)[i];
     default: return ((const double*)p)[i];
   }
 }
@@ -192,11 +174,28 @@ template <class T, int V> __device__ __forceinline__ Pack<T, V> load_pack(const 
   return pack;
 }
 
+// Four bytes of a pack.
+template <class T> __device__ __forceinline__ unsigned word_of(const T* e) {
+  if constexpr (sizeof(T) == 4) return bits_of<unsigned>(*e);
+  else return (unsigned)(unsigned short)e[0] | (unsigned)(unsigned short)e[1] << 16;
+}
+
+// To global memory. 16 bytes are stored by the intrinsic of the usual write-back store: assigned, they became four stores
+// in the machine code.
 template <class T, int V> __device__ __forceinline__ void store_pack(T* p, const Pack<T, V>& pack, bool aligned) {
-  if (aligned) {
-    *reinterpret_cast<typename Word<sizeof(T) * V>::type*>(p) = pack.word;
-  } else {
-#pragma unroll
-    for (int k = 0; k < V; ++k) p[k] = pack.element[k];
+  if constexpr (sizeof(T) * V == 16) {
+    if (aligned) {
+      const T* e = pack.element;
+      if constexpr (sizeof(T) == 8) {
+        __stwb(reinterpret_cast<double2*>(p), make_double2(e[0], e[1]));
+      } else {
+        constexpr int STEP = V / 4;
+        __stwb(reinterpret_cast<uint4*>(p),
+               make_uint4(word_of(e), word_of(e + STEP), word_of(e + 2 * STEP), word_of(e + 3 * STEP)));
+      }
+      return;
+    }
   }
+#pragma unroll
+  for (int k = 0; k < V; ++k) p[k] = pack.element[k];
 }

@@ -323,8 +323,6 @@ template <class... Args>
 __attribute__((no_sanitize("thread"))) void call(void (*kernel)(Args...), void** arguments) {
   call(kernel, arguments, std::index_sequence_for<Args...>{});
 }
-template <int... Bounds> constexpr int first_bound() {
-  constexpr int bounds[] = {Bounds..., 1024};
-  return bounds[0];
-}
+// Of what __launch_bounds__ was given: threads of a block; 1024 for a kernel without.
+template <class... Rest> constexpr int first_bound(int threads = 1024, Rest...) { return threads; }
 }  // namespace simt
