@@ -88,5 +88,5 @@ def long(session: nox.Session) -> None:
     session.install(".[test]")
     session.run(
         *("python", "-m", "pytest", "-q", "tests/test_properties.py", "tests/test_faults.py", *session.posargs),
-        env={"CUGN_HYPOTHESIS_PROFILE": "long", "CUGN_SOAK_CALLS": "1000000"},
+        env={"CUGN_HYPOTHESIS_PROFILE": "long", "CUGN_SOAK_CALLS": "1000000", "CUGN_FAULTS": "1"},
     )

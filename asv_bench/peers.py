@@ -317,6 +317,7 @@ def figure(rows: list[dict[str, Any]], path: Path, about: dict[str, str]) -> Non
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     colors = dict(zip(DTYPES, ("#0072B2", "#009E73", "#D55E00", "#CC79A7"), strict=True))  # Okabe and Ito
     markers = {"forward": "o", "backward": "^"}
@@ -331,14 +332,18 @@ def figure(rows: list[dict[str, Any]], path: Path, about: dict[str, str]) -> Non
                     row["nbytes"], ratios(row)[name], markers[row["operation"]], color=filled, alpha=0.7, ms=6, mew=0
                 )
             panel.set(xscale="log", yscale="log")
+            panel.xaxis.set_major_formatter(EngFormatter("B"))
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter(NullFormatter())
             panel.grid(color="#e5e5e5")
             panel.set_axisbelow(True)
             panel.spines[["top", "right"]].set_visible(False)
-        column[1].set_xlabel("bytes of x")
+        column[1].set_xlabel("size of x")
     axes[0, 0].set_ylabel("time of the best peer / cugn\n(above 1: cugn is faster)")
     axes[1, 0].set_ylabel("time of cugn / one-thread copy\n(backward: / np.add)")
-    shown = [Line2D([], [], marker="s", linestyle="", color=colors[dtype], label=dtype) for dtype in DTYPES]
+    present = {row["dtype"] for row in rows}
+    shown = [Line2D([], [], marker="s", linestyle="", color=colors[d], label=d) for d in DTYPES if d in present]
     shown += [Line2D([], [], marker=m, linestyle="", color="#444444", label=o) for o, m in markers.items()]
     fig.legend(handles=shown, loc="outside upper center", ncols=len(shown), frameon=False)
     fig.supxlabel(", ".join(f"{k} {v}" if k[0] != "c" or k == "cugn" else v for k, v in about.items()), fontsize=7)

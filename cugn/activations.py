@@ -16,6 +16,10 @@ __all__ = ["activate", "curvature", "erfc", "slope"]
 
 Array = Any
 
+# Beyond it every gate is 0 or 1. Clipped there, z = -inf gives the limit 0 and no 0 * inf: a finite x can have such
+# a z, under a mask that leaves its group no variance, or a weight at the end of the range.
+_MOST = 1e3
+
 _TANH_SCALE, _TANH_CUBIC = math.sqrt(2 / math.pi), 0.044715
 
 # Cody's minimax approximations: erf(x) = x A(x^2)/B(x^2) to 0.46875, erfc(x) = exp(-x^2) C(x)/D(x) up to 4 and
@@ -53,6 +57,7 @@ def activate(xp: Any, name: str | None, z: Array) -> Array:
         return z
     if name == "relu":
         return xp.where(z <= 0, xp.zeros_like(z), z)  # in this order a NaN stays one
+    z = xp.clip(z, -_MOST, math.inf)
     return z * _gate(xp, name, z)
 
 
@@ -62,6 +67,7 @@ def slope(xp: Any, name: str | None, z: Array) -> Array:
         return xp.ones_like(z)
     if name == "relu":
         return xp.where(z <= 0, xp.zeros_like(z), xp.where(z > 0, xp.ones_like(z), z))
+    z = xp.clip(z, -_MOST, _MOST)
     gate = _gate(xp, name, z)
     return gate + z * _gate_slope(xp, name, z)
 
@@ -70,6 +76,7 @@ def curvature(xp: Any, name: str | None, z: Array) -> Array:
     """act''(z); zero for relu."""
     if name is None or name == "relu":
         return z * 0
+    z = xp.clip(z, -_MOST, _MOST)
     first = _gate_slope(xp, name, z)
     if name == "gelu":
         second = -z * first
@@ -123,7 +130,7 @@ def _logistic_slope(xp: Any, t: Array) -> Array:
 
 def _exponent(xp: Any, name: str, z: Array) -> tuple[Array, Any, Any]:
     """t of the logistic gate, and its first two derivatives by z."""
-    z = xp.clip(z, -1e3, 1e3)  # beyond it exp(-|t|) is 0 anyway, and the square of 1e155 would be infinite
+    z = xp.clip(z, -_MOST, _MOST)  # the square of 1e155 would be infinite
     if name == "silu":
         return z, 1.0, 0.0
     scale = 2 * _TANH_SCALE

@@ -95,9 +95,10 @@ def _resolve(
         activation=activation,
     )
     engine = import_module(ENGINES.get(library, "cugn.reference"))
-    # Empty arrays and those in the other byte order go to the reference: no compiled loop has to think of them.
+    # Empty arrays and those in the other byte order go to the reference: no compiled loop has to think of them. (Of
+    # what is empty on a GPU the engine makes the results, without a kernel.)
     swapped = library == "numpy" and not all(spec[2].isnative for spec in (x, *(spec for _, spec in operands)))
-    if (plan.size == 0 and library != "dask") or swapped or not engine.serves(plan, operation):
+    if (plan.size == 0 and library not in ("dask", "cupy")) or swapped or not engine.serves(plan, operation):
         engine = import_module("cugn.reference")
     return engine, plan
 

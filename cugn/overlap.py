@@ -21,10 +21,12 @@ def check_out(out: Any, replaceable: tuple[tuple[str, Any], ...], others: tuple[
     others : tuple of (name, array or None)
         Inputs that must not share memory with `out`.
     """
+    if _separate(out, replaceable, others):
+        return
     target = _shadow(out)
     if target is None:
         return
-    if not target.flags.writeable:
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out is read-only")
     if target.size == 0:
         return
@@ -37,15 +39,32 @@ def check_out(out: Any, replaceable: tuple[tuple[str, Any], ...], others: tuple[
         if source is None or not np.may_share_memory(target, source):
             continue
         same = (
-            target.ctypes.data == source.ctypes.data
-            and target.strides == source.strides
-            and target.dtype == source.dtype
+            target.ctypes.data == source.ctypes.data and target.strides == source.strides and out.dtype == array.dtype
         )
         if same and any(name == allowed for allowed, _ in replaceable):
             continue
         if _share(target, source):
             allowed = " or ".join(allowed for allowed, _ in replaceable)
             raise ValueError(f"out overlaps {name}: it may be {allowed} itself, or memory of its own")
+
+
+def _separate(out: Any, replaceable: tuple[tuple[str, Any], ...], others: tuple[tuple[str, Any], ...]) -> bool:
+    """Whether this is the common case that 0.6 us can tell: NumPy arrays, each of which owns its memory.
+
+    The test of the addresses takes 2 to 4 us, as long as a small forward.
+    """
+    if type(out) is not np.ndarray:
+        return False
+    flags = out.flags
+    if not (flags.owndata and flags.writeable):
+        return False
+    for _, array in replaceable:
+        if array is not out and not (type(array) is np.ndarray and array.flags.owndata):
+            return False
+    for _, array in others:
+        if array is not None and (array is out or not (type(array) is np.ndarray and array.flags.owndata)):
+            return False
+    return True
 
 
 def _share(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
@@ -59,17 +78,32 @@ def _share(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
 class _Addresses:
     """Describes memory to NumPy, for its arithmetic on addresses; nothing is ever read through it."""
 
-    def __init__(self, interface: dict[str, Any]) -> None:
-        self.__array_interface__ = interface
+    def __init__(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...] | None, itemsize: int) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (address, False),
+            "shape": shape,
+            "strides": strides,
+            "typestr": f"|V{itemsize}",
+        }
 
 
 def _shadow(array: Any) -> np.ndarray[Any, Any] | None:
     """NumPy array of the same addresses (GPU memory included), None where the library does not tell them."""
     if isinstance(array, np.ndarray):
         return array
-    interface = getattr(array, "__cuda_array_interface__", None) if hasattr(array, "strides") else None
-    if interface is None or not all(interface["shape"]):
+    if not all(array.shape):
         return None
-    fields = {key: interface.get(key) for key in ("shape", "typestr", "data", "strides")}
-    fields["typestr"] = f"|V{array.dtype.itemsize}"
-    return np.asarray(_Addresses({**fields, "version": 3}))
+    if hasattr(array, "__cuda_array_interface__") and hasattr(array, "strides"):  # CuPy
+        interface = array.__cuda_array_interface__
+        return np.asarray(
+            _Addresses(interface["data"][0], interface["shape"], interface.get("strides"), array.dtype.itemsize)
+        )
+    try:
+        if hasattr(array, "data_ptr"):  # torch, whose bfloat16 and GPU memory NumPy could not import
+            itemsize = array.element_size()
+            strides = tuple(itemsize * stride for stride in array.stride())
+            return np.asarray(_Addresses(array.data_ptr(), tuple(array.shape), strides, itemsize))
+        return np.from_dlpack(array)  # a view
+    except (AttributeError, TypeError, ValueError, RuntimeError, BufferError):  # sparse, on a GPU, of another dtype
+        return None

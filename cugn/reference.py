@@ -256,8 +256,8 @@ class _Groups:
         return self._over_groups(_pairwise_sum(self.xp, values), _pairwise_sum)
 
     def largest(self, values: Array) -> Array:
-        """(N, G) maxima over the groups of the absolute (N, C, S) values that enter the statistics."""
-        return self._over_groups(self.xp.max(self.xp.abs(self.kept(values)), axis=2), lambda xp, v: xp.max(v, axis=-1))
+        """(N, G) maxima over the groups of the absolute (N, C, S) values."""
+        return self._over_groups(self.xp.max(self.xp.abs(values), axis=2), lambda xp, v: xp.max(v, axis=-1))
 
     def of_channels(self, values: Array) -> Array:
         """(N, C): for each channel the value of its group."""
@@ -287,13 +287,15 @@ class _Groups:
     def guard(self) -> Array:
         """(N, G) powers of two with which sums of x neither overflow nor lose bits below the normal range.
 
-        1 unless x is float64 and beyond 2^900 or below 2^-900 in the whole group.
+        1 unless x is float64 and beyond 2^900 or below 2^-900 in the whole group; what a mask leaves out is not lost
+        for it either.
         """
         xp, guard = self.xp, self.xp.ones_like(self.count)
         if self.plan.x_dtype == "float64" and self.plan.size > 0:
-            largest = self.largest(self.x)
+            largest = self.largest(self.kept(self.x))
+            every = largest if self.mask is None else self.largest(self.x)
             guard = xp.where((largest > 2.0**900) & xp.isfinite(largest), 2.0**-100 * guard, guard)
-            guard = xp.where(largest < 2.0**-900, 2.0**100 * guard, guard)
+            guard = xp.where((largest < 2.0**-900) & (every < 2.0**900), 2.0**100 * guard, guard)
         return guard
 
     def guarded(self, guard: Array) -> Array:
@@ -315,7 +317,7 @@ class _Groups:
         d = d - self.of_channels(low)[:, :, None]
         scale = guard
         if self.plan.x_dtype == "float64" and self.plan.size > 0:
-            factor = self._inverse(self.largest(d), math.sqrt(self.plan.eps) * guard)
+            factor = self._inverse(self.largest(self.kept(d)), math.sqrt(self.plan.eps) * guard)
             d, scale = d * self.of_channels(factor)[:, :, None], guard * factor
         kept = self.kept(d)
         return d, (high + low) / guard, self.total(kept * kept), scale
@@ -376,10 +378,13 @@ class _Groups:
         return _cast(self.xp, values, like.dtype if weight is None else weight.dtype)
 
     def _inverse(self, largest: Array, floor: Array) -> Array:
-        """(N, G) powers of two that bring the larger of `largest` and `floor` to about 1; 1 where there is neither."""
+        """(N, G) powers of two that bring the larger of `largest` and `floor` to [1/4, 1/2).
+
+        Less than 1/2, so that rstd is more than 1: values that a mask leaves out overflow no sooner than x_hat does.
+        """
         xp = self.xp
         largest = xp.where(largest > floor, largest, floor)
-        exponent = xp.floor(xp.log2(xp.where(xp.isfinite(largest) & (largest > 0), largest, xp.ones_like(largest))))
+        exponent = 2 + xp.floor(xp.log2(xp.where(xp.isfinite(largest) & (largest > 0), largest, xp.ones_like(largest))))
         # 2^900, times a guard of 2^100, is far enough: the square of the least float64 times it is 1e-38.
         return 2.0 ** -xp.where(exponent < -900, -900 * xp.ones_like(exponent), exponent)
 

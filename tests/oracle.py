@@ -48,6 +48,21 @@ class Backward(NamedTuple):
     dbias_terms: Any
 
 
+class Second(NamedTuple):
+    """Tangent of y and gradients through the backward in longdouble, and the scales of their error bounds."""
+
+    gdy: Any
+    """Also ty of the jvp along the same tangents."""
+    gx: Any
+    gweight: Any
+    gbias: Any
+    gdy_terms: Any
+    """Largest sum of the terms' sizes in the element's group, of x's shape."""
+    gx_terms: Any
+    gweight_terms: Any
+    gbias_terms: Any
+
+
 def labels_of(groups: Any, channels: int) -> np.ndarray:
     """Label of each channel."""
     if np.ndim(groups) == 0:
@@ -85,7 +100,7 @@ def act(name: str | None, z: np.ndarray) -> np.ndarray:
         return z
     if name == "relu":
         return np.where(z > 0, z, np.where(np.isnan(z), z, 0))
-    return z * gate(name, z)
+    return np.where(z == -np.inf, LONG(-0.0), z * gate(name, z))
 
 
 def gate(name: str, z: np.ndarray) -> np.ndarray:
@@ -114,6 +129,20 @@ def act_slope(name: str | None, z: np.ndarray) -> np.ndarray:
             return _long((mp_act(name, v + h) - mp_act(name, v - h)) / (2 * h))
 
         return np.array([slope(v) for v in z.ravel()], dtype=LONG).reshape(z.shape)
+
+
+def act_curvature(name: str | None, z: np.ndarray) -> np.ndarray:
+    """Second derivative of the activation, by a central difference in 50 digits of the definition."""
+    if name in (None, "relu"):
+        return np.zeros_like(z)
+    with mpmath.workdps(50):
+        h = mpmath.mpf(10) ** -12
+
+        def curvature(value: Any) -> Any:
+            v = _mpf(value)
+            return _long((mp_act(name, v + h) - 2 * mp_act(name, v) + mp_act(name, v - h)) / (h * h))
+
+        return np.array([curvature(v) for v in z.ravel()], dtype=LONG).reshape(z.shape)
 
 
 def mp_act(name: str | None, z: Any) -> Any:
@@ -268,6 +297,92 @@ def backward(
         by_channel = [np.sum(v, axis=(0, 2)) for v in (dz * x_hat, dz, np.abs(dz * x_hat), np.abs(dz))]
         dx, group_max, terms = (from_ncs(v, shape, batch_axis, channel_axis) for v in (dx, group_max, terms))
     return Backward(dx, by_channel[0], by_channel[1], group_max, terms, by_channel[2], by_channel[3])
+
+
+def second(
+    u: Any,
+    dy: Any,
+    x: Any,
+    groups: Any,
+    weight: Any = None,
+    bias: Any = None,
+    tweight: Any = None,
+    tbias: Any = None,
+    *,
+    eps: float = 1e-5,
+    channel_axis: int = 1,
+    batch_axis: Any = 0,
+    where: Any = None,
+    activation: str | None = None,
+) -> Second:
+    """Tangent of y along (u, tweight, tbias), and the gradients of sum(dy * tangent), by the chain rule step by step.
+
+    That sum is sum(u dx) + sum(tweight dweight) + sum(tbias dbias), so the gradients are the double backward's.
+    """
+    with np.errstate(all="ignore"):
+        shape, a = np.shape(x), to_ncs(x, batch_axis, channel_axis)
+        u, dy = to_ncs(u, batch_axis, channel_axis), to_ncs(dy, batch_axis, channel_axis)
+        labels = labels_of(groups, a.shape[1])
+        kept = _kept(where, shape, batch_axis, channel_axis)
+        vectors = [_channel(v, a.shape[1], d) for v, d in ((weight, 1), (bias, 0), (tweight, 0), (tbias, 0))]
+        gdy, gx, gdy_terms, gx_terms = (np.empty_like(a) for _ in range(4))
+        by_channel = np.zeros((4, a.shape[1]), LONG)
+
+        def total(v: np.ndarray) -> np.ndarray:
+            return v.reshape(len(v), -1).sum(axis=1)[:, None, None]
+
+        for g in range(labels.max(initial=-1) + 1):
+            channels = np.flatnonzero(labels == g)
+            mask, ug, dyg = kept[:, channels, :], u[:, channels, :], dy[:, channels, :]
+            w, b, tw, tb = (v[:, channels] for v in vectors)
+            s = _statistics(a, kept, channels)
+            m, d = s.count[:, None, None], s.d
+            # the tangent's program
+            r = 1 / np.sqrt(s.m2 / s.count + LONG(eps))[:, None, None]
+            td = ug - total(np.where(mask, ug, 0)) / m
+            tvar = 2 * total(np.where(mask, d * td, 0)) / m
+            tr = -r * r * r * tvar / 2
+            h, th = d * r, td * r + d * tr
+            z, tz = w * h + b, w * th + tw * h + tb
+            slope, curvature = act_slope(activation, z), act_curvature(activation, z)
+            gdy[:, channels, :] = slope * tz
+            # turned round
+            of_tz, of_z = dyg * slope, dyg * curvature * tz
+            of_h, of_th = w * of_z + tw * of_tz, w * of_tz
+            of_tr = total(d * of_th)
+            of_d, of_r = tr * of_th + r * of_h, total(td * of_th + d * of_h)
+            of_tvar, of_r = -r * r * r * of_tr / 2, of_r - 3 * r * r * tvar * of_tr / 2
+            of_d = of_d + np.where(mask, 2 * td * of_tvar / m, 0)
+            of_var = -r * r * r * of_r / 2
+            of_d = of_d + np.where(mask, 2 * d * of_var / m, 0)
+            gx[:, channels, :] = of_d - np.where(mask, total(of_d) / m, 0)
+            # sizes: of the terms that the results are sums of, a slope and a curvature counting as 1 more
+            more = 0 if activation is None else 1
+            slope_size, bend_size = np.abs(slope) + more, np.abs(curvature) + (more if activation != "relu" else 0)
+            h_size, u_size = np.abs(h), np.abs(ug)
+            pushed = (
+                u_size + total(np.where(mask, u_size, 0)) / m + h_size * total(np.where(mask, u_size * h_size, 0)) / m
+            )
+            tz_size = np.abs(w) * r * pushed + np.abs(tw) * h_size + np.abs(tb)
+            dz_size, gz_size = np.abs(dyg) * slope_size, np.abs(dyg) * bend_size * tz_size
+            q_size, r_size = np.abs(w) * dz_size, np.abs(tw) * dz_size + np.abs(w) * gz_size
+
+            def pulled(v: np.ndarray, h_size: np.ndarray = h_size, m: np.ndarray = m) -> np.ndarray:
+                return v + total(v) / m + h_size * total(v * h_size) / m
+
+            size = r * pulled(r_size) + r * r * (
+                h_size * total(q_size * pushed) / m
+                + total(q_size * h_size) / m * pushed
+                + total(np.where(mask, u_size * h_size, 0)) / m * pulled(q_size)
+            )
+            for scale, value in ((gdy_terms, slope_size * tz_size), (gx_terms, size)):
+                scale[:, channels, :] = np.max(value.reshape(len(value), -1), axis=1, initial=0)[:, None, None]
+            sums = (h * of_z + th * of_tz, of_z, h_size * gz_size + r * pushed * dz_size, gz_size)
+            for k, value in enumerate(sums):
+                by_channel[k, channels] = value.sum(axis=(0, 2))
+        arrays = (from_ncs(v, shape, batch_axis, channel_axis) for v in (gdy, gx, gdy_terms, gx_terms))
+        gdy, gx, gdy_terms, gx_terms = arrays
+    return Second(gdy, gx, by_channel[0], by_channel[1], gdy_terms, gx_terms, by_channel[2], by_channel[3])
 
 
 def epsilon(dtype: Any) -> float:

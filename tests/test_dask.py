@@ -202,8 +202,8 @@ def test_dtypes(chunks: Any) -> None:
         x = (100 * rng.random(SHAPE)).astype(dtype)
         wanted = cugn.group_norm_forward(x, LABELS)
         got = same_kind(cugn.group_norm_forward(da.from_array(x, chunks), LABELS), wanted, da.from_array(x, chunks))
-        # half an ulp of y on each side of a statistic that differs in its last bits
-        eps = float(ml_dtypes.finfo(wanted.y.dtype).eps)
+        # the promise of each side: half an ulp of y, 3 eps in float32
+        eps = float(ml_dtypes.finfo(wanted.y.dtype).eps) * (2 * 3 if wanted.y.dtype == np.float32 else 1)
         assert np.abs(got[0].astype(float) - wanted.y.astype(float)).max() <= eps * np.abs(wanted.y.astype(float)).max()
         dy = rng.normal(size=SHAPE).astype(wanted.y.dtype)
         weight = rng.normal(size=12).astype(ml_dtypes.bfloat16)

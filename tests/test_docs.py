@@ -197,6 +197,23 @@ def test_every_public_name_has_its_place_in_the_api():
     assert modules - set(listed) == {f"cugn.{name}" for name in inner | {"reference", "report", "results"}}
 
 
+def test_links_between_the_sources_resolve():
+    """Links from one page's source to another file, without a build."""
+    broken, found = [], 0
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
+        if not page.exists():
+            continue
+        for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())):
+            if urlsplit(link).scheme or link.startswith("#"):
+                continue
+            found += 1
+            target = page.parent / unquote(urlsplit(link).path)
+            if not any(path.exists() for path in (target, target.with_suffix(".md"), target.with_suffix(".rst"))):
+                broken.append(f"{name_of(page)}: {link}")
+    assert not broken
+    assert found
+
+
 class Page(HTMLParser):
     """Targets of a page's links, and the anchors that it has."""
 

@@ -9,10 +9,12 @@ from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+import array_api_compat
 import calls
 import ml_dtypes
 import numpy as np
 import pytest
+from libraries import LIBRARIES
 
 import cugn
 
@@ -380,6 +382,32 @@ def test_overlapping_out(function: str, overlap: str) -> None:
         check(
             function, {**kwargs, argument: source, "out": target}, "out", ValueError, (f"overlaps {argument}", "itself")
         )
+
+
+@pytest.mark.parametrize("library", ["array_api_strict", "torch"])
+def test_overlapping_out_of_other_libraries(library: str) -> None:
+    """Memory of other libraries is compared too: x, the weight and a broadcast out keep their values."""
+    base = LIBRARIES[library]().array(np.random.default_rng(1).normal(size=(7, 6, 4)).astype(np.float32))
+
+    def refused(pattern: str, out: Any, x: Any, weight: Any = None) -> None:
+        before = np.asarray(base).copy()
+        with pytest.raises(ValueError, match=pattern):
+            cugn.group_norm(x, 2, weight, out=out)
+        np.testing.assert_array_equal(np.asarray(base), before)
+
+    refused("out overlaps x: it may be x itself", base[1:, :, :], base[:-1, :, :])
+    refused("out overlaps x: it may be x itself", base[:, :, ::2], base[:, :, 1:3])
+    x = LIBRARIES[library]().array(np.ones((6, 6, 4), np.float32))
+    refused("out overlaps weight", base[:-1, :, :], x, base[0, :, 0])
+    namespace = array_api_compat.array_namespace(base)
+    refused("out is a broadcast array", namespace.broadcast_to(base[:1, :, :], (6, 6, 4)), x)
+    # beside x, and x itself
+    wanted = np.asarray(cugn.group_norm(base, 2))
+    half = cugn.group_norm(base[:, :, ::2], 2)
+    np.testing.assert_array_equal(np.asarray(cugn.group_norm(base[:, :, ::2], 2, out=base[:, :, 1::2])), half)
+    base[:, :, :] = LIBRARIES[library]().array(np.random.default_rng(1).normal(size=(7, 6, 4)).astype(np.float32))
+    cugn.group_norm(base, 2, out=base)
+    np.testing.assert_array_equal(np.asarray(base), wanted)
 
 
 @pytest.mark.parametrize("function", WITH_OUT)

@@ -205,6 +205,41 @@ def test_every_function(layout: str, function: str) -> None:
                 np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-13)
 
 
+MASK_LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "C": np.ascontiguousarray,
+    "Fortran": np.asfortranarray,
+    "channels last": _dense((0, 2, 3, 1)),
+    "every other, backwards": _strided((2, -1, 1, -2)),
+}
+
+
+@pytest.mark.parametrize("labels", [False, True], ids=["equal", "labels"])
+@pytest.mark.parametrize("layout", ["C", "channels last", "every other, backwards"])
+def test_masks_of_any_strides(layout: str, labels: bool) -> None:
+    """A mask that broadcasts, of zero strides, or of another memory order than x: the bits of a contiguous one."""
+    rng = np.random.default_rng(6)
+    shape = (2, 8, 11, 19)
+    x, dy = (MASK_LAYOUTS[layout](rng.normal(size=shape).astype(np.float32)) for _ in range(2))
+    groups: Any = [0, 1, 1, 2, 0, 2, 0, 1] if labels else GROUPS
+
+    def results(where: np.ndarray) -> list[np.ndarray]:
+        forward = cugn.group_norm_forward(x, groups, where=where)
+        given = {"mean": forward.mean, "rstd": forward.rstd, "where": where}
+        return [*forward, *cugn.group_norm_backward(dy, x, groups, where=where),
+                *cugn.group_norm_backward(dy, x, groups, **given), *cugn.moments(x, groups, where=where)]  # fmt: skip
+
+    for kept in itertools.product((False, True), repeat=4):
+        small = rng.random([n if k else 1 for n, k in zip(shape, kept, strict=True)]) < 0.7
+        small[0] = True
+        wanted = results(np.ascontiguousarray(np.broadcast_to(small, shape)))
+        forms = {name: place(small) for name, place in MASK_LAYOUTS.items()}
+        forms["zero strides"] = np.broadcast_to(small, shape)
+        forms["fewer axes"] = np.asarray(small[tuple(0 for _ in itertools.takewhile(lambda k: not k, kept))])
+        for name, where in forms.items():
+            for got, value in zip(results(where), wanted, strict=True):
+                np.testing.assert_array_equal(got, value, err_msg=f"{kept}, {name}")
+
+
 @pytest.mark.parametrize("layout", ["C", "Fortran", "channels last", "channels in the middle", "spatial axes swapped"])
 def test_result_has_the_memory_order_of_x(layout: str) -> None:
     """y and dx lie in memory as x (dy) does, so that what follows meets the same layout."""
@@ -259,6 +294,7 @@ LAYOUT_CASES = {
     "cropped": (np.zeros((2, 3, 4, 6))[..., 1:], (0,), 1, "strided", (2, 1, 3, 20), None),
     "one channel": (np.zeros((2, 1, 4, 5)), (0,), 1, "dense", (2, 1, 1, 20), (20, 20)),
     "one channel, last": (np.zeros((2, 4, 5, 1)), (0,), 3, "dense", (2, 1, 1, 20), (20, 20)),
+    "one channel, every other element": (np.zeros((2, 1, 8))[:, :, ::2], (0,), 1, "dense", (2, 4, 1, 1), (8, 2)),
     "axes of one element": (np.zeros((2, 1, 3, 1, 5, 1)), (0,), 2, "dense", (2, 1, 3, 5), (15, 15)),
 }
 

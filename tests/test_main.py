@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -87,6 +89,64 @@ def test_missing_packages_are_named(monkeypatch, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert "GPU none: CuPy is not installed (pip install 'cugn[cuda13]')" in printed
     assert "dask not here: Dask is not installed (pip install 'cugn[dask]')" in printed
+
+
+class Cuda:
+    """What CuPy tells of a GPU."""
+
+    class CUDARuntimeError(RuntimeError):
+        pass
+
+    def __init__(self, count):
+        self.count, self.runtime = count, self
+
+    def getDeviceCount(self):
+        if self.count is None:
+            raise self.CUDARuntimeError("cudaErrorInsufficientDriver: driver version is insufficient")
+        return self.count
+
+    def Device(self):
+        return SimpleNamespace(id=0)
+
+    def getDeviceProperties(self, device):
+        return {"name": b"A card", "major": 9, "minor": 0}
+
+
+@pytest.mark.parametrize(
+    ("count", "says"),
+    [
+        (1, "A card, compute capability 9.0, CuPy 14"),
+        (0, "none: CuPy 14 finds no device"),
+        (None, "none: CuPy 14 says driver version is insufficient"),
+    ],
+)
+def test_the_gpu_or_why_there_is_none(count, says, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=Cuda(count), __version__="14"))
+    assert dict(cugn.report._environment())["GPU"] == says
+
+
+def test_a_copy_that_fails_is_told(monkeypatch, capsys):
+    """An engine whose arrays cannot even be copied is wrong, and the others are still looked at."""
+    copy_speed = cugn.report._copy_speed
+
+    def broken(host):
+        if host.engine == "cpu":
+            raise MemoryError("no room")
+        return copy_speed(host)
+
+    monkeypatch.setattr(cugn.report, "_copy_speed", broken)
+    assert main([]) == 1
+    printed = capsys.readouterr().out
+    assert "FAIL  cpu: MemoryError: no room" in printed
+    assert "\nreference" in printed
+
+
+def test_a_processor_without_a_name(monkeypatch):
+    """Where /proc is not there, the name is Python's."""
+    monkeypatch.setattr("builtins.open", Mock(side_effect=FileNotFoundError))
+    monkeypatch.setattr(cugn.report.platform, "processor", lambda: "")
+    monkeypatch.setattr(cugn.report.platform, "machine", lambda: "a machine")
+    assert cugn.report._cpu_name() == "a machine"
 
 
 def test_normalize_is_a_command(tmp_path):

@@ -6,6 +6,7 @@ whose truncation error of 1e-40 and rounding error of 1e-40 do not show at 1e-10
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache, cached_property
 from typing import Any
@@ -207,6 +208,13 @@ def test_double_backward(case: Case, serving: Library) -> None:
         close(serving.numpy(value), expected)
 
 
+def test_oracle_of_second_order(case: Case) -> None:
+    """The oracle of jvp and double backward gives the definition's derivatives."""
+    result = oracle.second(case.u, case.dy, case.x, case.groups, case.weight, case.bias, case.v, case.t, **case.options)
+    for value, expected in zip(result[:4], case.expected_double_gradients, strict=True):
+        close(value.astype(np.float64), expected)
+
+
 def test_double_backward_without_optional_arguments(serving: Library) -> None:
     """No weight, no bias, no ddweight, no ddbias: as with ones and zeros."""
     case = Case("2", None, "all")
@@ -328,6 +336,17 @@ def test_oracle(mean: float) -> None:
     result = oracle.backward(case.dy, case.x, 2, case.weight, case.bias, **case.options)
     for value, expected in zip(result[:3], wanted, strict=True):
         np.testing.assert_allclose(value.astype(np.float64), expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("value", [3e305, 4e305, 5e305, -5e305])
+def test_values_that_a_mask_leaves_out_reach_the_end_of_the_range(value: float) -> None:
+    """A group without variance multiplies the others by 1 / sqrt(eps): no overflow before y itself."""
+    x = np.array([[[0.0, value, 4 * value]]])
+    y = cugn.group_norm(x, 1, where=np.array([True, False, False]))
+    np.testing.assert_allclose(y[0, 0, :2], [0, value / math.sqrt(1e-5)], rtol=1e-15)
+    for activation in ("silu", "gelu", "gelu_tanh"):
+        z = cugn.group_norm(x, 1, where=np.array([True, False, False]), activation=activation)
+        np.testing.assert_array_equal(z, np.where(y < 0, 0, y))
 
 
 def test_reference_serves_everything() -> None:

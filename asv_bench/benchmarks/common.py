@@ -63,6 +63,15 @@ class GroupNorm:
         known = {"mean": self.mean, "rstd": self.rstd, "channel_axis": self.channel_axis}
         return cugn.group_norm_backward(self.dy, self.x, self.groups, self.weight, self.bias, **known, out=out)
 
+    def jvp(self, out: Array = None) -> Array:
+        tangents = {"tweight": self.bias, "tbias": self.weight, "channel_axis": self.channel_axis}
+        return cugn.group_norm_jvp(self.dy, self.x, self.groups, self.weight, self.bias, **tangents, out=out)
+
+    def double_backward(self) -> cugn.GroupNormDoubleGrads:
+        given = {"ddweight": self.bias, "ddbias": self.weight, "channel_axis": self.channel_axis}
+        # dy once more in the place of ddx: one array less to hold
+        return cugn.group_norm_double_backward(self.dy, self.dy, self.x, self.groups, self.weight, self.bias, **given)
+
 
 def library(engine: str) -> tuple[Any, Any]:
     """The array library of an engine, and what waits for its results; tells asv to skip where it cannot run."""
