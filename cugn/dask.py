@@ -446,14 +446,14 @@ def _forward_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any,
 
 
 def _backward_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any, **options: Any) -> Any:
-    operands = _in_float64(_named(names, arrays), x, labels)
+    operands = _wide(_named(names, arrays), x, labels)
     present, groups, _ = local_groups(labels)
     for name in {"mean", "rstd"} & operands.keys():
         operands[name] = pick(operands[name], present)
     dx, dweight, dbias = functional.group_norm_backward(
         operands.pop("dy"), x, groups, **operands, **_keywords(axes), **options
     )
-    return dx, ChannelSums(dweight, dbias)
+    return dx, _sums(dweight, dbias)
 
 
 def _jvp_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any, **options: Any) -> Array:
@@ -463,14 +463,23 @@ def _jvp_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any, **o
 
 
 def _double_backward_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any, **options: Any) -> Any:
-    operands = _in_float64(_named(names, arrays), x, labels)
+    operands = _wide(_named(names, arrays), x, labels)
     ddx, dy, groups = operands.pop("ddx"), operands.pop("dy"), local_groups(labels)[1]
     grads = functional.group_norm_double_backward(ddx, dy, x, groups, **operands, **_keywords(axes), **options)
-    return grads.gdy, grads.gx, ChannelSums(grads.gweight, grads.gbias)
+    return grads.gdy, grads.gx, _sums(grads.gweight, grads.gbias)
 
 
-def _in_float64(operands: dict[str, Any], x: Array, labels: Array) -> dict[str, Any]:
-    """Operands with a float64 weight, so that a block's gradients of the channels come in float64 and add up well."""
+def _wide(operands: dict[str, Any], x: Array, labels: Array) -> dict[str, Any]:
+    """Operands with a weight of at least float32, the dtype in which a block's gradients of the channels then come.
+
+    Not of float64 for all: that would be another computation of dx, of other bits than the NumPy call has.
+    """
     weight = operands.get("weight")
-    weight = array_namespace(x).ones(len(labels)) if weight is None else weight.astype(np.float64)
+    kinds = {str(x.dtype), "" if weight is None else str(weight.dtype)}
+    dtype = np.float64 if "float64" in kinds else np.float32
+    weight = array_namespace(x).ones(len(labels), dtype=dtype) if weight is None else weight.astype(dtype)
     return {**operands, "weight": weight}
+
+
+def _sums(dweight: Array, dbias: Array) -> ChannelSums:
+    return ChannelSums(dweight.astype(np.float64), dbias.astype(np.float64))

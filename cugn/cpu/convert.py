@@ -11,7 +11,6 @@ import os
 from functools import cache
 from typing import Any
 
-import numba
 from llvmlite import binding, ir
 from numba.core import types
 from numba.extending import intrinsic
@@ -24,6 +23,7 @@ from .simd import (
     LANES,
     call_intrinsic,
     constant,
+    cpu_has,
     lanes_below,
     narrow_scalar,
     pointer,
@@ -53,11 +53,7 @@ def has_half() -> bool:
     """Whether the CPU that is compiled for converts float16 itself; if not, the conversion would be a missing call."""
     if os.environ.get("CUGN_F16C", "1") == "0":
         return False
-    if not binding.get_default_triple().startswith(("x86_64", "i686")):
-        return binding.get_default_triple().startswith(("aarch64", "arm64"))
-    if numba.config.CPU_FEATURES is not None:  # NUMBA_CPU_FEATURES: code for another CPU than this one
-        return "+f16c" in numba.config.CPU_FEATURES.split(",")
-    return bool(binding.get_host_cpu_features().get("f16c", False))
+    return binding.get_default_triple().startswith(("aarch64", "arm64")) or cpu_has("f16c")
 
 
 def _half_to_float(builder: Any, half: Any) -> Any:

@@ -18,7 +18,7 @@ from .activate import activation_kernels
 from .block_moments import add_to
 from .compile import inner
 from .convert import loader, storer, to_compute
-from .simd import LANES, first_lanes, fma, reduce_add, rounding, select, splat, store_f64, widen
+from .simd import LANES, equal, first_lanes, fma, reduce_add, rounding, select, splat, store_f64, widen
 from .words import SUMS
 
 _ROWS = 4
@@ -274,7 +274,7 @@ def sum_kernels(v: str, x: str, compute: str, activation: str | None, v_size: in
 
     @inner
     def careful_columns(
-        pv: int, v_step: int, px: int, x_step: int, rows: int, cols: int, own: int, each64: int, coefficients: int,
+        pv: int, v_step: int, px: int, x_step: int, rows: int, cols: int, again: int, each64: int, coefficients: int,
         each: int,
     ) -> None:  # fmt: skip
         for r in range(rows):
@@ -290,8 +290,8 @@ def sum_kernels(v: str, x: str, compute: str, activation: str | None, v_size: in
                     v0 = slope(v0, fma(fma(x0, p, h) + m, load_c(at + 3 * each), load_c(at + 4 * each)))
                 wide = widen(v0)
                 t = fma(widen(x0), widen(p), widen(h) + widen(m))
-                _store64(own + 8 * j, _load64(own + 8 * j) + wide)
-                _store64(own + each64 + 8 * j, fma(wide, t, _load64(own + each64 + 8 * j)))
+                _store64(again + 8 * j, _load64(again + 8 * j) + wide)
+                _store64(again + each64 + 8 * j, fma(wide, t, _load64(again + each64 + 8 * j)))
 
     @inner
     def columns(
@@ -319,10 +319,18 @@ def sum_kernels(v: str, x: str, compute: str, activation: str | None, v_size: in
                 t = _load64_part(own + each64 + 8 * j, min(LANES, cols - j))
                 top += (s - s) + (t - t)
             if reduce_add(top) != 0.0:
+                # in float64, for those that are not finite: the others keep their bits, one may be of another group
+                again = own + 2 * each64
                 for k in range(2):
                     for j in range(0, cols, LANES):
-                        _store64(own + k * each64 + 8 * j, splat(0.0))
-                careful_columns(pv, v_step, px, x_step, rows, cols, own, each64, coefficients, each)
+                        _store64(again + k * each64 + 8 * j, splat(0.0))
+                careful_columns(pv, v_step, px, x_step, rows, cols, again, each64, coefficients, each)
+                for j in range(0, cols, LANES):
+                    s = _load64(own + 8 * j)
+                    t = _load64(own + each64 + 8 * j)
+                    finite = equal((s - s) + (t - t), splat(0.0))
+                    _store64(own + 8 * j, select(finite, s, _load64(again + 8 * j)))
+                    _store64(own + each64 + 8 * j, select(finite, t, _load64(again + each64 + 8 * j)))
 
     return run_double if double else run_single, columns
 
