@@ -15,7 +15,8 @@
 #define BACKWARD_BOUNDS __launch_bounds__(256, 1)
 #define MOMENTS_BOUNDS __launch_bounds__(256, 3)
 #define HEAVY (ACTIVATION == GELU || (REAL_IS_DOUBLE && ACTIVATION != IDENTITY))  // erfc, and exp in float64
-#define APPLY_BOUNDS __launch_bounds__(256, (VECTOR_CHANNELS < 3 || Y_DTYPE >= FLOAT32) && !HEAVY ? 3 : 2)
+#define APPLY_BOUNDS \
+  __launch_bounds__(256, HEAVY || (VECTOR_CHANNELS > 1 && REAL_IS_DOUBLE) || (VECTOR_CHANNELS > 2 && Y_DTYPE < FLOAT32) ? 2 : 3)
 #define SPLIT_BACKWARD_BOUNDS __launch_bounds__(256, HEAVY ? 1 : 2)
 #define SECOND_BOUNDS __launch_bounds__(256, 1)
 #define MERGE_BOUNDS __launch_bounds__(256, 1)
@@ -346,6 +347,8 @@ struct Place {
 // VECTOR_CHANNELS: channels that an aligned vector of the output lies in at most. 1, 2 (a channel's run is at least a
 // vector), or 16 for any number.
 constexpr int ENTRIES = VECTOR_CHANNELS < VY ? VECTOR_CHANNELS : VY;
+// 16-bit elements in float64 arithmetic (float64 weights): eight entries would be 96 registers. They are looked up one by one.
+constexpr bool KEPT = !(REAL_IS_DOUBLE && ENTRIES > 4);
 
 template <class Op> __device__ __forceinline__ void apply(const Op& op, const Global<y_t>& out, const Box& box) {
   typename Op::Entry entry[ENTRIES];
@@ -385,7 +388,7 @@ template <class Op> __device__ __forceinline__ void apply(const Op& op, const Gl
       // The entries of a vector that ends in another sample are not kept.
       const bool one_sample = box.ns == 1 || (box.nr - place.r) * box.width - q >= VY;
       const int position = ENTRIES == 1 ? place.n * box.nc + place.c : one_sample ? place.n * box.width + q : -1;
-      if (position < 0 || position != known) {
+      if (KEPT && (position < 0 || position != known)) {
         known = position;
         Place next = place;
         typename Op::Group group;
@@ -401,9 +404,9 @@ template <class Op> __device__ __forceinline__ void apply(const Op& op, const Gl
           }
         }
       }
-      bool plain = true;
+      bool plain = KEPT;
 #pragma unroll
-      for (int k = 0; k < ENTRIES; ++k) plain = plain && !op.slow(entry[k]);
+      for (int k = 0; k < (KEPT ? ENTRIES : 0); ++k) plain = plain && !op.slow(entry[k]);
       typename Op::template Values<VY> values;
       op.load(values, from, e, place.n, place.r, q);
       Pack<y_t, VY> pack;
