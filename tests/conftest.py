@@ -32,7 +32,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 # Examples are made of arrays, and the machine may be busy: no time limits. The ci profile draws the same examples each
 # time, so that it fails on the change that broke something and not on a later one.
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
-settings.register_profile("ci", max_examples=120, derandomize=True, database=None, **QUIET)
+settings.register_profile("ci", max_examples=60, derandomize=True, database=None, **QUIET)
 settings.register_profile("long", max_examples=20_000, **QUIET)
 settings.load_profile(os.environ.get("CUGN_HYPOTHESIS_PROFILE", "ci"))
 
