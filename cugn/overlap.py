@@ -49,21 +49,25 @@ def check_out(out: Any, replaceable: tuple[tuple[str, Any], ...], others: tuple[
 
 
 def _separate(out: Any, replaceable: tuple[tuple[str, Any], ...], others: tuple[tuple[str, Any], ...]) -> bool:
-    """Whether this is the common case that 0.6 us can tell: NumPy arrays, each of which owns its memory.
+    """Whether this is the common case that 0.7 us can tell: NumPy arrays, whose addresses lie apart.
 
-    The test of the addresses takes 2 to 4 us, as long as a small forward.
+    Naming what is wrong takes 2 to 4 us, as long as a small forward. Arrays that own their memory need no look at the
+    addresses: 0.06 us instead of 0.2 us for each.
     """
     if type(out) is not np.ndarray:
         return False
     flags = out.flags
-    if not (flags.owndata and flags.writeable):
+    if not flags.writeable:
         return False
-    for _, array in replaceable:
-        if array is not out and not (type(array) is np.ndarray and array.flags.owndata):
-            return False
-    for _, array in others:
-        if array is not None and (array is out or not (type(array) is np.ndarray and array.flags.owndata)):
-            return False
+    owned = flags.owndata
+    for arrays in (replaceable, others):
+        for _, array in arrays:
+            if array is None or (array is out and arrays is replaceable):
+                continue
+            if type(array) is not np.ndarray or array is out:
+                return False
+            if not (owned and array.flags.owndata) and np.may_share_memory(out, array):
+                return False
     return True
 
 
