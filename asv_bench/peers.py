@@ -1,15 +1,17 @@
 """Group norm of cugn, torch, jax and onnxruntime side by side in one run, and against the copy of the same array.
 
-    python asv_bench/peers.py             # every case, about 20 minutes
-    python asv_bench/peers.py --quick     # a few cases, about one minute
+    python asv_bench/peers.py             # every case, about 30 minutes
+    python asv_bench/peers.py --quick     # a few cases, two minutes
 
 Each library runs in a process of its own, with two threads on the same two cores, and holds the data of the case. They
-are asked in turn, round after round, so that a slow moment of the machine hits all alike; a turn begins with a call
-that is not timed, which brings the library's data into the caches and wakes its threads. Each other call is timed by
-itself; the median of a turn, then of the rounds, counts; there are more rounds while the times scatter. Before anything
-is timed the results of all libraries are compared. Libraries that are not installed are left out. Prints every case,
-then a summary; saves JSON and a figure. Run it on an idle machine: code that waits for two threads suffers most from
-others. Where that cannot be had: ``chrt -r 20 python asv_bench/peers.py`` (Linux, as root; others then wait).
+are asked in turn, round after round, so that a slow moment of the machine hits all alike; whoever is not asked is
+stopped (where there are signals for it), since idle threads of onnxruntime, jax and OpenMP spin, and would take a core
+from the next one. A turn begins with a call that is not timed, which brings the library's data into the caches and
+wakes its threads. Each other call is timed by itself; the median of a turn, then of the rounds, counts; there are more
+rounds while the times scatter. Before anything is timed the results of all libraries are compared. Libraries that are
+not installed are left out. Prints every case, then a summary; saves JSON and a figure. Run it on an idle machine: code
+that waits for two threads suffers most from others. Where that cannot be had: ``chrt -r 20 python asv_bench/peers.py``
+(Linux, as root; others then wait).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -163,8 +166,10 @@ class Library:
     def ask(self, **request: Any) -> dict[str, Any]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        self._signal("SIGCONT")
         self.process.stdin.write(json.dumps(request) + "\n")
         line = self.process.stdout.readline()
+        self._signal("SIGSTOP")
         if not line:
             raise RuntimeError(f"the process of {self.name} ended with status {self.process.wait()}")
         answer: dict[str, Any] = json.loads(line)
@@ -172,7 +177,12 @@ class Library:
             raise RuntimeError(f"{self.name}: {answer['failed']}")
         return answer
 
+    def _signal(self, name: str) -> None:
+        if hasattr(signal, name):
+            self.process.send_signal(getattr(signal, name))
+
     def close(self) -> None:
+        self._signal("SIGCONT")
         self.process.communicate()  # an end of its input ends it
 
 
@@ -199,7 +209,6 @@ def measure(case: Case, libraries: list[Library]) -> dict[str, float]:
     for done in range(1, ROUNDS[1] + 1):
         for library in timed:
             times[library.name].append(library.ask(calls=calls[library])["seconds"])
-            time.sleep(2e-3)  # idle threads of OpenMP spin for a while: not into the next one's turn
         settled = done >= ROUNDS[0] and all(map(steady, times.values()))
         if settled or (done >= 5 and time.perf_counter() - start > PATIENCE):
             break
@@ -353,7 +362,7 @@ def figure(rows: list[dict[str, Any]], path: Path, about: dict[str, str]) -> Non
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few shapes, float32 and bfloat16: about one minute")
+    parser.add_argument("--quick", action="store_true", help="few shapes, float32 and bfloat16: two minutes")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, metavar="NAME", help="these shapes only")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, metavar="NAME", help="these dtypes only")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, metavar="NAME", help="these layouts only")
