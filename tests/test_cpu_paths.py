@@ -49,6 +49,51 @@ def test_tables(dtype: str, samples: int, channels: int, groups: int) -> None:
         assert one.dx.tobytes() == result.dx[1:2].tobytes()
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("samples", "channels", "groups"), TABLES)
+def test_tables_forward(dtype: str, samples: int, channels: int, groups: int) -> None:
+    """y of a table, of its parts, and with the statistics of the forward."""
+    rng = np.random.default_rng(samples)
+    x = (rng.normal(size=(samples, channels)) + 2).astype(dtype_of(dtype))
+    weight, bias = rng.normal(size=(2, channels)).astype(dtype_of(dtype))
+    kind = dtype_of(dtype)
+    e = oracle.epsilon(kind)
+    for activation in (None, "relu"):
+        expected = oracle.forward(x, groups, weight, bias, activation=activation)
+        if dtype in ("float32", "float64"):
+            bound = {"float32": 3, "float64": 4}[dtype] * e * expected.scale
+        else:
+            bound = oracle.half_ulp(np.abs(expected.y) + 0.01 * e * expected.scale, kind) + 0.01 * e * expected.scale
+        y, mean, rstd = cugn.group_norm_forward(x, groups, weight, bias, activation=activation)
+        assert (np.abs(y.astype(np.float64).astype(oracle.LONG) - expected.y) <= bound).all()
+        for count in (1, 2, 5):
+            with threads(count):
+                again = cugn.group_norm(x, groups, weight, bias, activation=activation)
+            assert again.tobytes() == y.tobytes()
+        assert cugn.group_norm(x[1:2], groups, weight, bias, activation=activation).tobytes() == y[1:2].tobytes()
+        normalized = cugn.normalize(x, mean, rstd, groups, weight, bias, activation=activation)
+        assert (np.abs(normalized.astype(np.float64).astype(oracle.LONG) - expected.y) <= bound).all()
+
+
+@pytest.mark.parametrize("groups", [1, 4, 32])
+@pytest.mark.parametrize("shift", [0, 4, 5])
+def test_large_tables(groups: int, shift: int) -> None:
+    """Stores past the cache, wherever the result lies and its rows begin: the bits of a small table."""
+    rng = np.random.default_rng(0)
+    for channels in (512, 544):
+        samples = (17 << 20) // (4 * channels)
+        x = rng.normal(size=(samples, channels)).astype(np.float32)
+        weight, bias = rng.normal(size=(2, channels)).astype(np.float32)
+        memory = np.zeros(x.size + 32, np.float32)
+        start = (-memory.ctypes.data % 64) // 4 + shift
+        out = memory[start : start + x.size].reshape(x.shape)
+        cugn.group_norm(x, groups, weight, bias, out=out)
+        for rows in (slice(0, 40), slice(samples - 40, samples)):
+            np.testing.assert_array_equal(out[rows], cugn.group_norm(x[rows], groups, weight, bias))
+        assert not memory[:start].any()
+        assert not memory[start + x.size :].any()
+
+
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize("shape", [(2, 8, 33), (3, 48), (2, 6, 9, 50)])
 @pytest.mark.parametrize("last", [False, True])

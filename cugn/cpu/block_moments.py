@@ -259,6 +259,9 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
     def rect(p: int, rows: int, row_bytes: int, cols: int, scale: float, scratch: int, out: int) -> None:
         width = min(block, cols)
         height = max(block // cols, 1)
+        if cols <= block and rows <= height:
+            block_moments(p, rows, row_bytes, cols, scale, out)
+            return
         count = 0
         for row in range(0, rows, height):
             for start in range(0, cols, width):

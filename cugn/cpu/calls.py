@@ -173,7 +173,8 @@ def _prepare_forward(plan: Plan, x: Array, weight: Array, bias: Array, where: Ar
         plan, [x, out], threads.count, compute=compute, where=where, phases=2,
         weight_kind=_kind(weight, plan.y_dtype), bias_kind=_kind(bias, plan.y_dtype),
     )  # fmt: skip
-    return _ready(_kernel("forward", _kind_of_work(plan, shape, compute)), shape, weight, bias)
+    kind = _kind_of_work(plan, shape, compute)._replace(table=shape.table)
+    return _ready(_kernel("forward", kind), shape, weight, bias)
 
 
 def forward(plan: Plan, x: Array, weight: Array, bias: Array, where: Array, out: Array) -> tuple[Array, Array, Array]:

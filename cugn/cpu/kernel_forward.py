@@ -17,6 +17,7 @@ from .groups import coefficient_kernel, data_of, group_of, moments_phase, record
 from .program import Kind, Program
 from .simd import load_f64, load_i64, store_i64
 from .statistics import itemsize
+from .table import apply_sample_kernel
 
 _X, _OUT = 0, 1  # positions among the arrays of the geometry
 
@@ -81,11 +82,15 @@ def kernel(kind: Kind) -> Program:
     """Arrays: x, out, weight, bias, mean, rstd, where."""
     chunk_moments, finish_moments = moments_phase(kind)
     chunk_apply = apply_chunk(kind)
+    apply_sample = apply_sample_kernel(kind.x, kind.y, kind.compute, kind.activation, _OUT)
+    table = kind.table
 
     @inner
     def run_chunk(phase: int, geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
         if phase == 0:
             chunk_moments(geometry, call, task, chunk, store, scratch)
+        elif table:
+            apply_sample(geometry, call, task, store, scratch)
         else:
             chunk_apply(geometry, call, task, chunk, store, scratch)
 

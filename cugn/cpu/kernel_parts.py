@@ -22,6 +22,7 @@ from .program import Kind, Program
 from .simd import load_f64, load_i64, store_f64, store_i64
 from .statistics import record_writer, statistics
 from .sums import add_layers
+from .table import apply_sample_kernel
 from .words import SUMS
 
 _X, _DY, _BACKWARD_OUT, _FORWARD_OUT = 0, 1, 2, 1  # positions among the arrays of the geometry
@@ -87,11 +88,16 @@ def _moments(kind: Kind) -> Program:
 def _normalize(kind: Kind) -> Program:
     chunk_apply = apply_chunk(kind)
     fill = fill_records(kind.compute)
+    apply_sample = apply_sample_kernel(kind.x, kind.y, kind.compute, kind.activation, _FORWARD_OUT)
+    table = kind.table
 
     @inner
     def run_chunk(phase: int, geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
         if phase == 1:
-            chunk_apply(geometry, call, task, chunk, store, scratch)
+            if table:
+                apply_sample(geometry, call, task, store, scratch)
+            else:
+                chunk_apply(geometry, call, task, chunk, store, scratch)
 
     @inner
     def finish(phase: int, geometry: int, call: int, task: int, store: int, scratch: int) -> None:

@@ -25,7 +25,7 @@ class Kind(NamedTuple):
     labelled: bool
     masked: bool
     table: bool = False
-    """The backward of one row a sample."""
+    """One row a sample, done group by group."""
 
 
 class Program(NamedTuple):

@@ -1,7 +1,9 @@
-"""The backward of one sample of a table (S = 1: cells x genes, layer norm): group by group, all of it while in L1.
+"""One sample of a table (S = 1: cells x genes, layer norm), group by group, all of it while in L1.
 
-A channel's sum over a sample is one element here, so nothing is kept between passes but the sums over the group:
-dweight and dbias of the sample are added at once to the partial sums of its part of the batch.
+Each element has a weight of its own, which is read as it lies: coefficients element by element, which pay where many
+rows share them, would cost four times what the row itself does. In the backward a channel's sum over a sample is one
+element, so nothing is kept between passes but the sums over the group: dweight and dbias of the sample are added at once
+to the partial sums of its part of the batch.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any
 from . import words as w
 from .access import word
 from .activate import activation_kernels
+from .apply import HEAD_FROM
 from .block_moments import add_to
 from .compile import inner
 from .convert import loader, storer, to_compute
@@ -31,31 +34,19 @@ from .simd import (
 )
 from .statistics import itemsize, record_writer
 
-_X, _DY, _OUT = 0, 1, 2  # positions among the arrays of the geometry
+_X, _DY, _OUT = 0, 1, 2  # positions among the arrays of the backward's geometry
 _load64, _load64_part = loader("float64", "float64")
 _store64, _store64_part, _ = storer("float64", "float64")
 
 
 @cache
-def sample_kernel(x: str, y: str, compute: str, activation: str | None) -> Any:
-    """sample(geometry, call, n, scratch): dx of a sample, and what it adds to dweight and dbias."""
-    load_x, load_x_part = loader(x, compute)
-    load_v, load_v_part = loader(y, compute)
-    load_c, _ = loader(compute, compute)
+def parameter_kernel(compute: str) -> Any:
+    """load(geometry, call, scratch): weight and bias in lanes of the compute dtype, once for each participant."""
     store_c, _, _ = storer(compute, "float64")
-    store, store_part, _ = storer(y, compute)
-    slope = activation_kernels(compute, activation)[1]
-    active = activation is not None
-    fill = record_writer(compute)
-    lanes = to_compute(compute)
-    double = compute == "float64"
-    exact = y == "float64"
-    x_size, y_size = itemsize(x), itemsize(y)
-    c_size = 8 if double else 4
+    c_size = 8 if compute == "float64" else 4
 
     @inner
-    def parameters(geometry: int, call: int, scratch: int) -> None:
-        # weight and bias in lanes of the compute dtype, once for each participant
+    def load_parameters(geometry: int, call: int, scratch: int) -> None:
         if load_i64(call, w.CALL_EXPANDED) == 0:
             return
         store_i64(call, w.CALL_EXPANDED, 0)
@@ -64,6 +55,85 @@ def sample_kernel(x: str, y: str, compute: str, activation: str | None) -> Any:
         for c in range(0, word(geometry, w.C), LANES):
             store_c(target + c * c_size, _load64(scratch + word(geometry, w.WEIGHT_AT) + 8 * c))
             store_c(target + each + c * c_size, _load64(scratch + word(geometry, w.BIAS_AT) + 8 * c))
+
+    return load_parameters
+
+
+@cache
+def apply_sample_kernel(x: str, y: str, compute: str, activation: str | None, out: int) -> Any:
+    """apply(geometry, call, n, store, scratch): y of a sample from the records of its groups; `out`: y's position."""
+    load_x, load_x_part = loader(x, compute)
+    load_c, _ = loader(compute, compute)
+    store, store_part, store_stream = storer(y, compute)
+    act = activation_kernels(compute, activation)[0]
+    parameters = parameter_kernel(compute)
+    lanes = to_compute(compute)
+    x_size, y_size = itemsize(x), itemsize(y)
+    c_size = 8 if compute == "float64" else 4
+    alignment = min(64, LANES * y_size)
+
+    @inner
+    def apply(px: int, py: int, size: int, weight: int, bias: int, record: int, stream: bool) -> None:
+        p = lanes(load_f64(record, w.POWER))
+        h = lanes(load_f64(record, w.MINUS_HIGH))
+        m = lanes(load_f64(record, w.MINUS_LOW))
+        ratio = lanes(load_f64(record, w.RATIO))
+        j = 0
+        if stream:
+            if size >= HEAD_FROM:  # a head makes all other stores whole lines
+                j = (-py & (alignment - 1)) // y_size
+                if j > 0:
+                    t = fma(load_x_part(px, j), p, h) + m
+                    store_part(py, act(fma(t, load_c(weight) * ratio, load_c(bias))), j)
+            stream = (py + j * y_size) & (alignment - 1) == 0
+        while j <= size - LANES:
+            t = fma(load_x(px + j * x_size), p, h) + m
+            value = act(fma(t, load_c(weight + j * c_size) * ratio, load_c(bias + j * c_size)))
+            if stream:
+                store_stream(py + j * y_size, value)
+            else:
+                store(py + j * y_size, value)
+            j += LANES
+        if j < size:
+            t = fma(load_x_part(px + j * x_size, size - j), p, h) + m
+            value = act(fma(t, load_c(weight + j * c_size) * ratio, load_c(bias + j * c_size)))
+            store_part(py + j * y_size, value, size - j)
+
+    @inner
+    def apply_sample(geometry: int, call: int, n: int, store: int, scratch: int) -> None:
+        parameters(geometry, call, scratch)
+        size = word(geometry, w.GROUP_CHANNELS)
+        px = load_i64(call, _X) + n * word(geometry, w.ARRAYS + _X * w.ARRAY_WORDS + w.SN)
+        py = load_i64(call, out) + n * word(geometry, w.ARRAYS + out * w.ARRAY_WORDS + w.SN)
+        weight = scratch + word(geometry, w.COEFFICIENTS_AT)
+        bias = weight + word(geometry, w.COEFFICIENT_BYTES)
+        stream = word(geometry, w.STREAM) != 0
+        for g in range(word(geometry, w.GROUPS)):
+            c = g * size
+            apply(
+                px + c * x_size, py + c * y_size, size, weight + c * c_size, bias + c * c_size,
+                store + g * w.RECORD_BYTES, stream,
+            )  # fmt: skip
+
+    return apply_sample
+
+
+@cache
+def sample_kernel(x: str, y: str, compute: str, activation: str | None) -> Any:
+    """sample(geometry, call, n, scratch): dx of a sample, and what it adds to dweight and dbias."""
+    load_x, load_x_part = loader(x, compute)
+    load_v, load_v_part = loader(y, compute)
+    load_c, _ = loader(compute, compute)
+    store, store_part, _ = storer(y, compute)
+    parameters = parameter_kernel(compute)
+    slope = activation_kernels(compute, activation)[1]
+    active = activation is not None
+    fill = record_writer(compute)
+    lanes = to_compute(compute)
+    double = compute == "float64"
+    exact = y == "float64"
+    x_size, y_size = itemsize(x), itemsize(y)
+    c_size = 8 if double else 4
 
     @inner
     def element_x(px: int, j: int, left: int) -> Any:
