@@ -18,9 +18,9 @@ __all__ = ["Call", "calls"]
 VALUES = ("normal", "offset", "constant", "integers", "large", "small", "outlier", "nan", "inf")
 CI = os.environ.get("CUGN_HYPOTHESIS_PROFILE", "ci") == "ci"
 INTEGERS = ("uint8", "int16") if CI else ("int8", "uint8", "int16", "uint16")
-# Every combination of dtype, activation, labels, mask and strides is a kernel to compile, three seconds each. In the ci profile
-# each dtype meets one activation beside none, and those that are only converted are arrays as they are made, without labels and
-# masks. The long profile draws everything.
+# Every combination of dtype, activation, labels, mask and strides is a kernel to compile, three seconds each. In the ci
+# profile each dtype meets one activation beside none, and those that are only converted are arrays as they are made,
+# without labels and masks. The long profile draws everything.
 ONE_ACTIVATION = {
     "float16": "relu", "bfloat16": "silu", "float32": "silu", "float64": "gelu",
     "uint8": "gelu_tanh", "int16": "silu",

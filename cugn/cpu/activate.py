@@ -2,7 +2,7 @@
 
 relu costs a comparison; silu and gelu_tanh an exponential and a division; gelu the normal distribution, which is
 taken from erfc(a) exp(a^2) (1 + 2a), a polynomial in (a - K)/(a + K) [1]_. All of it is in lanes of the compute
-dtype: exp is within 1u, the gates within 2u of 1, which is what act(z) needs beside the rounding of z.
+dtype: exp is within 2u, the gates within 2u of 1, which is what act(z) needs beside the rounding of z.
 
 References
 ----------
@@ -19,8 +19,8 @@ from .compile import inner
 from .convert import to_compute
 from .simd import ROUNDER, fma, less, less_equal, reciprocal, select, times_power_of_two, vector_abs
 
-# exp(-r) for |r| <= log(2)/2 by Remez's algorithm, relative errors 7.5e-8 and 2e-16, lowest power first. A gate has less than
-# half of it: one digit more would cost an operation and be seen by nobody.
+# exp(-r) for |r| <= log(2)/2 by Remez's algorithm, relative errors 7.5e-8 and 2e-16, lowest power first. A gate has
+# less than half of it: one digit more would cost an operation and be seen by nobody.
 _EXP = {
     "float32": (
         *(1.0000000716970165, -0.9999996918077437, 0.49998894413170863),

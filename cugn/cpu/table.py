@@ -2,8 +2,8 @@
 
 Each element has a weight of its own, which is read as it lies: coefficients element by element, which pay where many
 rows share them, would cost four times what the row itself does. In the backward a channel's sum over a sample is one
-element, so nothing is kept between passes but the sums over the group: dweight and dbias of the sample are added at once
-to the partial sums of its part of the batch.
+element, so nothing is kept between passes but the sums over the group: dweight and dbias of the sample are added at
+once to the partial sums of its part of the batch.
 """
 
 from __future__ import annotations
