@@ -1,8 +1,9 @@
 """What NVIDIA's compiler makes of the CUDA kernels: no spills, wide accesses, registers within the budget.
 
 No GPU and no driver: NVRTC compiles straight to machine code. Two seconds a module and architecture are too many for
-all of them in every run, so here each dtype and kernel file meets each architecture, and each further option one of
-them. CUGN_EVERY_KERNEL=1 compiles everything that the engine can build, for all architectures (an hour on two cores).
+all of them in every run, so here each dtype and kernel file meets each architecture, each further option one of them,
+and so does every 40th combination of options. CUGN_EVERY_KERNEL=1 compiles everything that the engine can build, for
+all architectures (hours on two cores).
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def jobs() -> list[tuple[cuda.Specialisation, int]]:
         return [(s, arch) for s in everything for arch in sass.ARCHITECTURES]
     base = [s for s in everything if is_base(s)]
     single = [s for s in everything if not is_base(s) and distance(s) == 1]
-    rotated = [(s, sass.ARCHITECTURES[i % len(sass.ARCHITECTURES)]) for i, s in enumerate(single)]
+    several = [s for s in everything if not is_base(s) and distance(s) > 1][::40]
+    rotated = [(s, sass.ARCHITECTURES[i % len(sass.ARCHITECTURES)]) for i, s in enumerate([*single, *several])]
     return [(s, arch) for s in base for arch in sass.ARCHITECTURES] + rotated
 
 
