@@ -60,6 +60,8 @@ def _separate(out: Any, replaceable: tuple[tuple[str, Any], ...], others: tuple[
     if not flags.writeable:
         return False
     owned = flags.owndata
+    if not (owned or flags.forc):  # its own elements may lie on each other
+        return False
     for arrays in (replaceable, others):
         for _, array in arrays:
             if array is None or (array is out and arrays is replaceable):

@@ -170,6 +170,7 @@ multiprocessing.set_start_method("spawn")
     "interrupt": CHILD
     + """
 import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
 expected = call()
 main = threading.get_ident()
 interrupted = 0
