@@ -84,7 +84,7 @@ def conformance(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS[0])
 def coverage(session: nox.Session) -> None:
-    """Count the lines that no test runs; apart from CI, since counting slows the compiling of the kernels by a third."""
+    """Count the lines that no test runs; not in CI, since counting slows the compiling of the kernels by a third."""
     session.install("-e", ".[test,emulator,examples,docs,bench,conformance]")
     session.run("python", "-m", "pytest", "-q", "-n", "auto", "--cov=cugn", "--cov-report=", *session.posargs)
     session.run("python", "-m", "coverage", "report", "--skip-covered", "--fail-under=95")
