@@ -9,6 +9,7 @@ all architectures (hours on two cores).
 from __future__ import annotations
 
 import os
+import random
 
 import pytest
 from simt import sass
@@ -66,7 +67,10 @@ def rows() -> list[tuple[cuda.Specialisation, sass.Row]]:
     """The table, each row with the module that it comes from."""
     wanted = jobs()
     modules = {s: sass.Module(label(s), cuda.source(s.file), cuda.options(s)) for s, _ in wanted}
-    sass.compile_pairs([(modules[s], arch) for s, arch in wanted])
+    pairs = [(modules[s], arch) for s, arch in wanted]
+    # Several test processes may be doing this: each in an order of its own, so that few modules are made twice.
+    random.Random(os.getpid()).shuffle(pairs)
+    sass.compile_pairs(pairs)
     return [(s, row) for s, arch in wanted for row in sass.compile_one(modules[s], arch)]
 
 
