@@ -17,8 +17,9 @@
 #define HEAVY (ACTIVATION == GELU || (REAL_IS_DOUBLE && ACTIVATION != IDENTITY))  // erfc, and exp in float64
 #define APPLY_BOUNDS \
   __launch_bounds__(256, HEAVY || (VECTOR_CHANNELS > 1 && REAL_IS_DOUBLE) || (VECTOR_CHANNELS > 2 && Y_DTYPE < FLOAT32) ? 2 : 3)
+#define MORE_THAN_SUMS (TANGENT || MASKED || ACTIVATION != IDENTITY)
 #define SPLIT_BACKWARD_BOUNDS \
-  __launch_bounds__(256, HEAVY || (TANGENT && VECTOR_CHANNELS > 2 && Y_DTYPE < FLOAT32) ? 1 : 2)
+  __launch_bounds__(256, HEAVY || (VECTOR_CHANNELS > 2 && Y_DTYPE < FLOAT32 && MORE_THAN_SUMS) ? 1 : 2)
 #define SECOND_BOUNDS __launch_bounds__(256, 1)
 #define MERGE_BOUNDS __launch_bounds__(256, 1)
 
