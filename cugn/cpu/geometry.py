@@ -24,7 +24,7 @@ import numpy as np
 from ..layout import Layout
 from ..plan import Plan
 from . import words as w
-from .words import SUMS
+from .words import FOLDED_SUM, SUMS
 
 ITEMSIZE = {
     "bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2,
@@ -204,7 +204,7 @@ def of(
     span = (width // segments if segments > 1 else channels) * part
     block = 2048 if compute == "float64" else 4096
     blocks = rows * -(-span // block) if span >= block else -(-rows // max(block // span, 1))
-    room = max(blocks * w.PARTIAL_BYTES, 2 * 8 * LANES * sums, 64)
+    room = max(blocks * w.PARTIAL_BYTES, 2 * 8 * LANES * sums, SUMS * FOLDED_SUM if sums else 0, 64)
     if by_columns or (by_rows and sums):
         room = max(room, 8 * max(6, 2 + 2 * sums) * columns)
     if labelled:  # fields of a chunk's channels; partials of all channels, merged, then sorted by group

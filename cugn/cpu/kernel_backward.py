@@ -9,6 +9,7 @@ are in each of their outputs, and B*t + C is for those that are kept, since only
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -27,7 +28,7 @@ from .simd import LANES, fma, load_f64, load_i64, store_f64, store_i64
 from .statistics import itemsize, record_writer
 from .sums import add_layers, sum_kernels
 from .table import sample_kernel
-from .words import SUMS
+from .words import FOLDED, SUMS
 
 _X, _DY, _OUT = 0, 1, 2  # positions among the arrays of the geometry
 
@@ -36,7 +37,7 @@ _X, _DY, _OUT = 0, 1, 2  # positions among the arrays of the geometry
 def sums_phase(kind: Kind) -> tuple[Any, Any]:
     """Phase 1: sums of a chunk, and the records and gradients that come from a task's."""
     x, y, compute, activation, by_rows, strided, labelled, masked, _ = kind
-    run, columns = sum_kernels(y, x, compute, activation, itemsize(y), itemsize(x))
+    run, careful, unfold, columns = sum_kernels(y, x, compute, activation, itemsize(y), itemsize(x))
     run_kept, columns_kept = kept_sums(x, compute, itemsize(x))
     sums_kept = SUMS + masked
     fill = record_writer(compute)
@@ -118,6 +119,7 @@ def sums_phase(kind: Kind) -> tuple[Any, Any]:
         else:
             weight = scratch + word(geometry, w.WEIGHT_AT)
             bias = scratch + word(geometry, w.BIAS_AT)
+            folded = scratch + word(geometry, w.BLOCKS_AT)
             record = records
             p, h, m = lanes_of(record)
             for c in range(channels):
@@ -127,9 +129,29 @@ def sums_phase(kind: Kind) -> tuple[Any, Any]:
                 scale = load_f64(record, w.RATIO) * load_f64(weight, first + c)
                 run(
                     pv + c * length * y_size, v_step, px + c * length * x_size, x_step, rows, length,
-                    p, h, m, scale, load_f64(bias, first + c), out + 8 * c, padded,
+                    p, h, m, scale, load_f64(bias, first + c), folded + c % LANES * FOLDED,
                 )  # fmt: skip
-                if masked and (double or load_i64(call, w.CALL_PHASE) == 1):
+                start_c = c - c % LANES
+                if (c - start_c == LANES - 1 or c == channels - 1) and unfold(
+                    folded, c + 1 - start_c, out + 8 * start_c, padded
+                ):
+                    for k in range(start_c, c + 1):
+                        s, t = load_f64(out, k), load_f64(out + padded, k)
+                        if not (abs(s) + abs(t) < math.inf):
+                            of_k = records
+                            if labelled:
+                                of_k = records + group_of(geometry, channel0 + k) * w.RECORD_BYTES
+                            pk, hk, mk = lanes_of(of_k)
+                            scale = load_f64(of_k, w.RATIO) * load_f64(weight, first + k)
+                            careful(
+                                pv + k * length * y_size, v_step, px + k * length * x_size, x_step, rows, length,
+                                pk, hk, mk, scale, load_f64(bias, first + k), out + 8 * k, padded,
+                            )  # fmt: skip
+            if masked and (double or load_i64(call, w.CALL_PHASE) == 1):
+                for c in range(channels):
+                    if labelled:
+                        record = records + group_of(geometry, channel0 + c) * w.RECORD_BYTES
+                        p, h, m = lanes_of(record)
                     run_kept(
                         px + c * length * x_size, x_step, pm + c * length, m_step, rows, length,
                         p, h, m, out + 8 * c, padded,

@@ -73,3 +73,5 @@ CALL_BYTES = 256
 
 SUMS = 3
 """Sums that the backward keeps for each channel: of v, of v*t, of t; under a mask also the count."""
+FOLDED, FOLDED_SUM = 64, 1024
+"""Bytes of a folded vector of float64 lanes, and of one of the sums of 16 channels."""
