@@ -100,15 +100,50 @@ def apply_kernels(x: str, y: str, compute: str, activation: str | None, x_size: 
             width = 0
 
     @inner
+    def folded_row(px: int, py: int, cols: int, a: int, b: int, stream: bool, head: int) -> None:
+        # one row of A*x + B; each coefficient is loaded for each element, and no two rows get in each other's way
+        if head > 0:
+            store_part(py, act(fma(load_part(px, head), load_c(a), load_c(b))), head)
+            px += head * x_size
+            py += head * y_size
+            a += head * c_size
+            b += head * c_size
+            cols -= head
+        whole = cols // LANES
+        if stream:
+            for j in range(whole):
+                value = act(
+                    fma(load(px + j * LANES * x_size), load_c(a + j * LANES * c_size), load_c(b + j * LANES * c_size))
+                )
+                store_stream(py + j * LANES * y_size, value)
+        else:
+            for j in range(whole):
+                value = act(
+                    fma(load(px + j * LANES * x_size), load_c(a + j * LANES * c_size), load_c(b + j * LANES * c_size))
+                )
+                store(py + j * LANES * y_size, value)
+        left = cols - whole * LANES
+        if left > 0:
+            j = whole * LANES
+            value = act(fma(load_part(px + j * x_size, left), load_c(a + j * c_size), load_c(b + j * c_size)))
+            store_part(py + j * y_size, value, left)
+
+    @inner
     def rows_kernel(
-        px: int, x_step: int, py: int, y_step: int, rows: int, cols: int, coefficients: int, each: int, stream: bool
-    ) -> None:
+        px: int, x_step: int, py: int, y_step: int, rows: int, cols: int, coefficients: int, each: int, stream: bool,
+        folded: bool,
+    ) -> None:  # fmt: skip
         # streaming needs whole lines: a head in each row makes all other stores such (0.7 of the time for 75 MB; within
         # the cache the heads would cost more than whole lines gain)
         head = 0
         if stream and cols >= HEAD_FROM and y_step & (alignment - 1) == 0:
             head = (-py & (alignment - 1)) // y_size
         streams = stream and ((py + head * y_size) | y_step) & (alignment - 1) == 0
+        if folded:
+            a = coefficients + 3 * each
+            for r in range(rows):
+                folded_row(px + r * x_step, py + r * y_step, cols, a, a + each, streams, head)
+            return
         done = 0
         while done < rows:
             here = min(_ROWS, rows - done)

@@ -135,14 +135,68 @@ def apply_kernels(x: str, y: str, compute: str, activation: str | None, masked: 
             width = 0
 
     @inner
+    def folded_gradient(px: int, pv: int, pm: int, left: int, coefficients: int, each: int) -> Any:
+        # A*dz + B*x + C, of the first `left` lanes where that is less than a vector
+        a = load_c(coefficients + 3 * each)
+        b = load_c(coefficients + 5 * each)
+        c = load_c(coefficients + 6 * each)
+        if left >= LANES:
+            xv = load_x(px)
+            v = load_v(pv)
+        else:
+            xv = load_x_part(px, left)
+            v = load_v_part(pv, left)
+        if active:
+            v = slope(v, fma(xv, a, load_c(coefficients + 4 * each)))
+        rest = fma(b, xv, c)
+        if masked:
+            kept = load_mask(pm) if left >= LANES else load_mask_part(pm, left)
+            rest = select(kept, rest, lanes(0.0))
+        return fma(a, v, rest)
+
+    @inner
+    def folded_row(
+        px: int, pv: int, pm: int, py: int, cols: int, coefficients: int, each: int, stream: bool, head: int
+    ) -> None:
+        if head > 0:
+            store_part(py, folded_gradient(px, pv, pm, head, coefficients, each), head)
+            px += head * x_size
+            pv += head * y_size
+            pm += head
+            py += head * y_size
+            coefficients += head * c_size
+            cols -= head
+        whole = cols // LANES * LANES
+        if stream:
+            for j in range(0, whole, LANES):
+                v = folded_gradient(px + j * x_size, pv + j * y_size, pm + j, LANES, coefficients + j * c_size, each)
+                store_stream(py + j * y_size, v)
+        else:
+            for j in range(0, whole, LANES):
+                v = folded_gradient(px + j * x_size, pv + j * y_size, pm + j, LANES, coefficients + j * c_size, each)
+                store(py + j * y_size, v)
+        left = cols - whole
+        if left > 0:
+            j = whole
+            v = folded_gradient(px + j * x_size, pv + j * y_size, pm + j, left, coefficients + j * c_size, each)
+            store_part(py + j * y_size, v, left)
+
+    @inner
     def rows_kernel(
         px: int, x_step: int, pv: int, v_step: int, pm: int, m_step: int, py: int, y_step: int, rows: int, cols: int,
-        coefficients: int, each: int, stream: bool,
+        coefficients: int, each: int, stream: bool, folded: bool,
     ) -> None:  # fmt: skip
         head = 0  # as in the forward's apply
         if stream and cols >= HEAD_FROM and y_step & (alignment - 1) == 0:
             head = (-py & (alignment - 1)) // y_size
         streams = stream and ((py + head * y_size) | y_step) & (alignment - 1) == 0
+        if folded:
+            for r in range(rows):
+                folded_row(
+                    px + r * x_step, pv + r * v_step, pm + r * m_step, py + r * y_step, cols, coefficients, each,
+                    streams, head,
+                )  # fmt: skip
+            return
         done = 0
         while done < rows:
             here = min(_ROWS, rows - done)

@@ -13,13 +13,22 @@ from .program import Kind
 from .simd import (
     LANES,
     bits_float,
+    both,
+    equal,
+    first_lanes,
+    fma,
+    less_equal,
     load_f32,
     load_f64,
     load_i64,
+    reduce_max,
+    select,
     splat,
     store_f64,
     store_i64,
+    vector_abs,
     widen_scalar,
+    without,
 )
 from .statistics import record_writer, rstd_of, statistics
 
@@ -130,12 +139,35 @@ def record_lanes(compute: str) -> Any:
     return of_record
 
 
+@inner
+def foldable(record: int, arrays: int) -> bool:
+    """Whether a group's coefficients may be for x itself in the place of t = x*POWER + MINUS_HIGH + MINUS_LOW.
+
+    Then w*x_hat + b = A*x + B costs one operation and two vectors of coefficients, not three and five. A and B are
+    rounded about values that |mean|/std makes larger, so this is for means up to one standard deviation: 4u of the 6u
+    that the result may be off. Products must not leave the normal numbers where those of x_hat do not.
+    """
+    rstd = load_f64(record, w.RSTD)
+    if not (abs(load_f64(record, w.MEAN)) * rstd <= 1.0 and 2.0**-20 <= rstd <= 2.0**20):
+        return False
+    if arrays > 5:
+        power = load_f64(record, w.POWER)
+        slope = abs(load_f64(record, w.SLOPE)) * power * power
+        if not (slope == 0.0 or 2.0**-80 <= slope <= 2.0**80):
+            return False
+        return abs(load_f64(record, w.OFFSET)) <= 2.0**80
+    return True
+
+
 @cache
 def coefficient_kernel(compute: str, tangents: bool = False) -> Any:
-    """expand(geometry, call, tag, task, channel0, channels, records, scratch, arrays): coefficients element by element.
+    """expand(geometry, call, tag, task, channel0, channels, records, scratch, arrays, fold): coefficients element by
+    element.
 
     The first `arrays` of: power, minus_high, minus_low of the group, weight * RATIO, bias, SLOPE, OFFSET of the group;
     with `tangents` also weight's tangent * RATIO, bias's tangent, and the last seven words of the group's record.
+    With `fold` the coefficients of x itself, and 1, -0.0, -0.0 for the first three, where a group and the weight allow
+    that: the same bits whether a loop makes use of it or not. CALL_FOLDED says whether all are such.
     A participant keeps those of whole rows from chunk to chunk: `tag` says which task and phase they are for.
     """
     store_c, _, _ = storer(compute, "float64")
@@ -144,7 +176,7 @@ def coefficient_kernel(compute: str, tangents: bool = False) -> Any:
     @inner
     def expand(
         geometry: int, call: int, tag: int, task: int, channel0: int, channels: int, records: int, scratch: int,
-        arrays: int,
+        arrays: int, fold: bool,
     ) -> None:  # fmt: skip
         if channels == word(geometry, w.BUNDLE_CHANNELS):
             if load_i64(call, w.CALL_EXPANDED) == tag:
@@ -158,6 +190,8 @@ def coefficient_kernel(compute: str, tangents: bool = False) -> Any:
         bias = scratch + word(geometry, w.BIAS_AT) + 8 * first
         tangent = bias + word(geometry, w.BIAS_AT) - word(geometry, w.WEIGHT_AT)
         shift_tangent = tangent + word(geometry, w.BIAS_AT) - word(geometry, w.WEIGHT_AT)
+        zero, one = splat(0.0), splat(1.0)
+        unfolded = zero if fold else one
         c = channel0
         while c < channel0 + channels:
             record = records + group_of(geometry, c) * w.RECORD_BYTES
@@ -166,27 +200,32 @@ def coefficient_kernel(compute: str, tangents: bool = False) -> Any:
             if word(geometry, w.LABELS) == 0 and inner_size == 1:
                 size_of_group = word(geometry, w.GROUP_CHANNELS)
                 together = min(size_of_group - c % size_of_group, channel0 + channels - c)
-            power = splat(load_f64(record, w.POWER))
-            high = splat(load_f64(record, w.MINUS_HIGH))
-            low = splat(load_f64(record, w.MINUS_LOW))
-            ratio = load_f64(record, w.RATIO)
-            slope = splat(load_f64(record, w.SLOPE))
-            offset = splat(load_f64(record, w.OFFSET))
+            power, high, low = load_f64(record, w.POWER), load_f64(record, w.MINUS_HIGH), load_f64(record, w.MINUS_LOW)
+            ratio, slope, offset = load_f64(record, w.RATIO), load_f64(record, w.SLOPE), load_f64(record, w.OFFSET)
+            # weights up to which the coefficients are folded: none where the group's are not
+            most = splat(2.0**60 if fold and foldable(record, arrays) else -1.0)
             for j in range(0, together * inner_size, LANES):
                 at = target + ((c - channel0) * inner_size + j) * size
-                store_c(at, power)
-                store_c(at + each, high)
-                store_c(at + 2 * each, low)
+                if inner_size == 1:
+                    factor = _load64(weight + 8 * (c + j))
+                    shift = _load64(bias + 8 * (c + j))
+                else:
+                    factor = splat(load_f64(weight, c))
+                    shift = splat(load_f64(bias, c))
+                large = vector_abs(factor)
+                large = select(equal(large, zero), one, large)
+                fits = both(less_equal(large, most), less_equal(splat(2.0**-60), large))
+                unfolded = select(without(first_lanes(min(together * inner_size - j, LANES)), fits), one, unfolded)
+                store_c(at, select(fits, one, splat(power)))
+                store_c(at + each, select(fits, splat(-0.0), splat(high)))
+                store_c(at + 2 * each, select(fits, splat(-0.0), splat(low)))
                 if arrays > 3:
-                    if inner_size == 1:
-                        store_c(at + 3 * each, _load64(weight + 8 * (c + j)) * splat(ratio))
-                        store_c(at + 4 * each, _load64(bias + 8 * (c + j)))
-                    else:
-                        store_c(at + 3 * each, splat(load_f64(weight, c) * ratio))
-                        store_c(at + 4 * each, splat(load_f64(bias, c)))
+                    scale = factor * splat(ratio)
+                    store_c(at + 3 * each, select(fits, scale * splat(power), scale))
+                    store_c(at + 4 * each, select(fits, fma(scale, splat(high + low), shift), shift))
                 if arrays > 5:
-                    store_c(at + 5 * each, slope)
-                    store_c(at + 6 * each, offset)
+                    store_c(at + 5 * each, select(fits, splat(slope * power * power), splat(slope)))
+                    store_c(at + 6 * each, select(fits, splat(power * fma(slope, high + low, offset)), splat(offset)))
                 if tangents:  # noqa: SIM102 - known when the kernel is compiled, which otherwise has none of it
                     if arrays > 7:
                         if inner_size == 1:
@@ -198,6 +237,7 @@ def coefficient_kernel(compute: str, tangents: bool = False) -> Any:
                         for k in range(w.GX_OFFSET, arrays):
                             store_c(at + k * each, splat(load_f64(record, k)))
             c += together
+        store_i64(call, w.CALL_FOLDED, 1 if reduce_max(unfolded) == 0.0 else 0)
 
     return expand
 

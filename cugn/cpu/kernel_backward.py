@@ -91,7 +91,7 @@ def sums_phase(kind: Kind) -> tuple[Any, Any]:
             own = scratch + word(geometry, w.BLOCKS_AT)
             each64 = 8 * ((cols + LANES - 1) // LANES * LANES + LANES)
             arrays = 5 if active else 3
-            expand(geometry, call, 2 * task, task, channel0, channels, records, scratch, arrays)
+            expand(geometry, call, 2 * task, task, channel0, channels, records, scratch, arrays, False)
             coefficients = scratch + word(geometry, w.COEFFICIENTS_AT)
             each = word(geometry, w.COEFFICIENT_BYTES)
             columns(pv, v_step, px, x_step, rows, cols, own, each64, coefficients, each)
@@ -251,11 +251,12 @@ def dx_phase(kind: Kind) -> Any:
             pm = open_mask(geometry, call, n, row0, rows, first, channels, start, length, scratch)
             m_step = mask_step(geometry, channels, length)
         if by_rows:
-            expand(geometry, call, 2 * task + 1, task, channel0, channels, store, scratch, 7)
+            expand(geometry, call, 2 * task + 1, task, channel0, channels, store, scratch, 7, True)
             coefficients = scratch + word(geometry, w.COEFFICIENTS_AT)
             each = word(geometry, w.COEFFICIENT_BYTES)
             cols = channels * length
-            rows_kernel(px, x_step, pv, v_step, pm, m_step, py, y_step, rows, cols, coefficients, each, stream)
+            folded = load_i64(call, w.CALL_FOLDED) != 0
+            rows_kernel(px, x_step, pv, v_step, pm, m_step, py, y_step, rows, cols, coefficients, each, stream, folded)
         else:
             weight = scratch + word(geometry, w.WEIGHT_AT)
             bias = scratch + word(geometry, w.BIAS_AT)

@@ -49,10 +49,11 @@ def apply_chunk(kind: Kind) -> Any:
         x_step = row_bytes(geometry, _X, channels, length)
         y_step = row_bytes(geometry, _OUT, channels, length)
         if by_rows:
-            expand(geometry, call, task, task, channel0, channels, store, scratch, 5)
+            expand(geometry, call, task, task, channel0, channels, store, scratch, 5, True)
             coefficients = scratch + word(geometry, w.COEFFICIENTS_AT)
             each = word(geometry, w.COEFFICIENT_BYTES)
-            rows_kernel(px, x_step, py, y_step, rows, channels * length, coefficients, each, stream)
+            folded = load_i64(call, w.CALL_FOLDED) != 0
+            rows_kernel(px, x_step, py, y_step, rows, channels * length, coefficients, each, stream, folded)
         else:
             weight = scratch + word(geometry, w.WEIGHT_AT)
             bias = scratch + word(geometry, w.BIAS_AT)

@@ -260,7 +260,7 @@ def apply_phase(kind: Kind, second: bool) -> Any:
         y_step = row_bytes(geometry, first_out, channels, length)
         g_step = row_bytes(geometry, other_out, channels, length)
         if by_rows:
-            expand(geometry, call, 2 * task + 1, task, channel0, channels, store, scratch, arrays)
+            expand(geometry, call, 2 * task + 1, task, channel0, channels, store, scratch, arrays, False)
             coefficients = scratch + word(geometry, w.COEFFICIENTS_AT)
             each = word(geometry, w.COEFFICIENT_BYTES)
             rows_kernel(

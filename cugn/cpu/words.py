@@ -67,8 +67,8 @@ POOL_BYTES = 192
 (CALL_MEAN, CALL_RSTD, CALL_WORK, CALL_EXPANDED, CALL_FIRST, CALL_SECOND, CALL_RECORDS, CALL_PHASE) = range(8, 16)
 # the ticket that a participant holds, pairs of a first and an end; where it looks for the next one
 (TICKET_N, TICKET_BUNDLE, TICKET_CHUNK, TICKET_STEP, CALL_PLACE, CALL_TAKEN) = (16, 18, 20, 22, 23, 24)
-# where dweight and dbias go
-(CALL_DWEIGHT, CALL_DBIAS) = (25, 26)
+# where dweight and dbias go; whether all coefficients that the participant has made are for x itself (`groups.py`)
+(CALL_DWEIGHT, CALL_DBIAS, CALL_FOLDED) = (25, 26, 27)
 CALL_BYTES = 256
 
 SUMS = 3
