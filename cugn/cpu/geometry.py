@@ -208,7 +208,7 @@ def of(
     if by_columns or (by_rows and sums):
         room = max(room, 8 * max(6, 2 + 2 * sums) * columns)
     if labelled:  # fields of a chunk's channels; partials of all channels, merged, then sorted by group
-        room = max(room, 8 * 4 * _padded(channels), 64 + 2 * w.PARTIAL_BYTES * _padded(C))
+        room = max(room, 8 * 4 * _padded(channels) + 2 * FOLDED_SUM, 64 + 2 * w.PARTIAL_BYTES * _padded(C))
     coefficients_at = _line(blocks_at + room)
     coefficient_bytes = _line((columns + LANES) * ITEMSIZE[compute])
     pieces_at = coefficients_at + (coefficients * coefficient_bytes if by_rows else 0)

@@ -20,6 +20,7 @@ from .simd import (
     first_lane,
     first_lanes,
     fma,
+    folded_sums,
     less,
     load_f64,
     load_i64,
@@ -28,9 +29,11 @@ from .simd import (
     select,
     splat,
     store_f64,
+    store_folded,
     widen,
 )
 from .sums import dot, total_of
+from .words import FOLDED, FOLDED_SUM
 
 _load64, _ = loader("float64", "float64")
 _store64 = storer("float64", "float64")[0]
@@ -38,9 +41,9 @@ _store64 = storer("float64", "float64")[0]
 
 @cache
 def short_runs(dtype: str, compute: str, itemsize: int) -> Any:
-    """runs(p, channels, count, scratch): arrays of mean, its low part, m2 and count of channels of few elements.
+    """runs(p, channels, count, scratch, folded): arrays of mean, its low part, m2 and count of channels of few elements.
 
-    One by one they would cost 25 ns each beside their sums.
+    One by one they would cost 25 ns each beside their sums. `folded`: room for the sums of 16 channels.
     """
     load, load_part = loader(dtype, compute)
     double = compute == "float64"
@@ -52,7 +55,7 @@ def short_runs(dtype: str, compute: str, itemsize: int) -> Any:
         return widen(load_part(p, left))
 
     @inner
-    def runs(p: int, channels: int, count: int, scratch: int) -> None:
+    def runs(p: int, channels: int, count: int, scratch: int, folded: int) -> None:
         padded = 8 * ((channels + LANES - 1) // LANES * LANES)
         zero = splat(0.0)
         whole = count // LANES * LANES
@@ -79,9 +82,14 @@ def short_runs(dtype: str, compute: str, itemsize: int) -> Any:
                 total += d
                 square = fma(d, d, square)
             store_f64(scratch, c, shift)
-            store_f64(scratch + padded, c, reduce_add(total))
-            store_f64(scratch + 2 * padded, c, reduce_add(square))
-            store_f64(scratch + 3 * padded, c, n)
+            store_folded(folded + c % LANES * FOLDED, total)
+            store_folded(folded + FOLDED_SUM + c % LANES * FOLDED, square)
+            if c % LANES == LANES - 1 or c == channels - 1:
+                # the arrays are whole vectors: what is beyond the last channel is nothing that is read
+                at = scratch + 8 * (c - c % LANES)
+                _store64(at + padded, folded_sums(folded))
+                _store64(at + 2 * padded, folded_sums(folded + FOLDED_SUM))
+                _store64(at + 3 * padded, splat(n))
         finish_columns(scratch, channels)
 
     return runs

@@ -201,7 +201,7 @@ def statistics(
                 if masked:
                     masked_runs(p, pm, channels, length, blocks)
                 else:
-                    runs(p, channels, length, blocks)
+                    runs(p, channels, length, blocks, blocks + 4 * each)
                 keep_columns(geometry, blocks, each, float(length), channels, partials, layer, channel0)
                 return
         for first in range(0, cols, of_segment):
