@@ -130,7 +130,7 @@ def sums_phase(kind: Kind, second: bool) -> tuple[Any, Any]:
         if by_rows:
             cols = channels * length
             each64 = 8 * ((cols + LANES - 1) // LANES * LANES + LANES)
-            expand(geometry, call, 2 * task, task, channel0, channels, store, scratch, 5 if active else 3)
+            expand(geometry, call, 2 * task, task, channel0, channels, store, scratch, 5 if active else 3, False)
             coefficients = scratch + word(geometry, w.COEFFICIENTS_AT)
             each = word(geometry, w.COEFFICIENT_BYTES)
             columns(px, x_step, pu, u_step, pv, v_step, pm, m_step, rows, cols, own, each64, coefficients, each)

@@ -41,7 +41,7 @@ _store64 = storer("float64", "float64")[0]
 
 @cache
 def short_runs(dtype: str, compute: str, itemsize: int) -> Any:
-    """runs(p, channels, count, scratch, folded): arrays of mean, its low part, m2 and count of channels of few elements.
+    """runs(p, channels, count, scratch, folded): arrays of mean, its low part, m2 and count of short channels.
 
     One by one they would cost 25 ns each beside their sums. `folded`: room for the sums of 16 channels.
     """

@@ -164,24 +164,29 @@ def sample_kernel(x: str, y: str, compute: str, activation: str | None) -> Any:
             _store64_part(high, _load64_part(high, left) + term, left)
 
     @inner
+    def recentre(px: int, size: int, record: int) -> None:
+        # the mean again, from the sum of x - mean: one float64 loses 1e6 ulp at mean/std 1e6
+        p = lanes(load_f64(record, w.POWER))
+        h = lanes(load_f64(record, w.MINUS_HIGH))
+        m = lanes(load_f64(record, w.MINUS_LOW))
+        zero = splat(0.0)
+        total = zero
+        lost = zero
+        for j in range(0, size, LANES):
+            t = widen(fma(element_x(px, j, size - j), p, h) + m)
+            t = select(first_lanes(min(size - j, LANES)), t, zero)
+            moved = total + t
+            lost += rounding(total, t, moved)
+            total = moved
+        mean_t = (reduce_add(total) + reduce_add(lost)) / size
+        store_f64(record, w.MINUS_LOW, load_f64(record, w.MINUS_LOW) - mean_t)
+
+    @inner
     def gradients(px: int, pv: int, size: int, weight: int, bias: int, record: int, db: int, dw: int, at: int) -> None:
         # sums over the group into the record; dbias and dweight of the sample to db and dw, their rounding `at` behind
         p = lanes(load_f64(record, w.POWER))
         h = lanes(load_f64(record, w.MINUS_HIGH))
         zero = splat(0.0)
-        if double:
-            # the mean again, from the sum of x - mean: one float64 loses 1e6 ulp at mean/std 1e6
-            m = lanes(load_f64(record, w.MINUS_LOW))
-            total = zero
-            lost = zero
-            for j in range(0, size, LANES):
-                t = widen(fma(element_x(px, j, size - j), p, h) + m)
-                t = select(first_lanes(min(size - j, LANES)), t, zero)
-                moved = total + t
-                lost += rounding(total, t, moved)
-                total = moved
-            mean_t = (reduce_add(total) + reduce_add(lost)) / size
-            store_f64(record, w.MINUS_LOW, load_f64(record, w.MINUS_LOW) - mean_t)
         m = lanes(load_f64(record, w.MINUS_LOW))
         ratio = load_f64(record, w.RATIO)
         scale = lanes(ratio)
@@ -264,19 +269,27 @@ def sample_kernel(x: str, y: str, compute: str, activation: str | None) -> Any:
         part = word(geometry, w.GRADIENT_BYTES)
         db = load_i64(call, w.CALL_WORK) + word(geometry, w.GRADIENTS_AT) + n // word(geometry, w.PART_SAMPLES) * part
         dw = db + part // 2
+        # pass by pass over all groups: each is a chain of dependent operations, of which several then run at once
+        for g in range(groups):
+            fill(record + g * w.RECORD_BYTES, load_f64(mean, g), 0.0, 1.0, load_f64(rstd, g), 1.0)
+        if double:
+            for g in range(groups):
+                recentre(px + g * size * x_size, size, record + g * w.RECORD_BYTES)
         for g in range(groups):
             c = g * size
-            fill(record, load_f64(mean, g), 0.0, 1.0, load_f64(rstd, g), 1.0)
             gradients(
-                px + c * x_size, pv + c * y_size, size, weight + c * c_size, bias + c * c_size, record,
-                db + 8 * c, dw + 8 * c, part // 4,
+                px + c * x_size, pv + c * y_size, size, weight + c * c_size, bias + c * c_size,
+                record + g * w.RECORD_BYTES, db + 8 * c, dw + 8 * c, part // 4,
             )  # fmt: skip
             if size == 1:  # dx is exactly 0
-                store_f64(record, w.RATIO, 0.0)
-                store_f64(record, w.SLOPE, 0.0)
-                store_f64(record, w.OFFSET, 0.0)
+                store_f64(record + g * w.RECORD_BYTES, w.RATIO, 0.0)
+                store_f64(record + g * w.RECORD_BYTES, w.SLOPE, 0.0)
+                store_f64(record + g * w.RECORD_BYTES, w.OFFSET, 0.0)
+        for g in range(groups):
+            c = g * size
             apply(
-                px + c * x_size, pv + c * y_size, py + c * y_size, size, weight + c * c_size, bias + c * c_size, record
-            )
+                px + c * x_size, pv + c * y_size, py + c * y_size, size, weight + c * c_size, bias + c * c_size,
+                record + g * w.RECORD_BYTES,
+            )  # fmt: skip
 
     return sample
