@@ -56,6 +56,7 @@ def _outlier(size: float) -> Callable[[np.random.Generator, tuple[int, ...]], np
 
 ROWS = {
     "N(0,1)": Row(_normal(0)),
+    "0.95+N": Row(_normal(0.95)),
     "1e3+N": Row(_normal(1e3)),
     "1e4+N": Row(_normal(1e4)),
     "1e6+N": Row(_normal(1e6), WIDE),

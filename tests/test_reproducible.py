@@ -38,7 +38,12 @@ def _data(shape: str, dtype: str, last: bool, options: str, batch: int) -> tuple
     C, spatial, groups = SHAPES[shape]
     rng = np.random.default_rng(3)
     full = (batch, *spatial, C) if last else (batch, C, *spatial)
-    x, dy = (rng.normal(offset, 2, size=full).astype(dtype_of(dtype)) for offset in (30, 0))
+    x, dy = (rng.normal(0, 2, size=full) for _ in range(2))
+    # means of many standard deviations, of none, and both in one sample: they are computed in different ways
+    channels = np.moveaxis(x, -1 if last else 1, 1)
+    channels[::3] += 30
+    channels[2::3, : C // 2] += 30
+    x, dy = x.astype(dtype_of(dtype)), dy.astype(dtype_of(dtype))
     given = OPTIONS[options]
     labels = rng.permutation(np.arange(C) * groups // C).tolist()
     arguments: dict[str, Any] = {
@@ -262,3 +267,24 @@ def test_one_bad_value_spoils_its_group_only(special: float, dtype: str, options
             mine = labels == labels[channel]
             assert np.isnan(result.dweight[mine].astype(np.float64)).all()
             _same(result.dweight[~mine], dweight[~mine])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("options", ["plain", "labels", "silu"])
+def test_a_group_far_from_zero_leaves_the_others_alone(dtype: str, options: str) -> None:
+    """Groups whose mean is many standard deviations are computed another way; that is seen in no other group's bits."""
+    for last in (False, True):
+        for shape in ("small", "blocks", "long"):
+            arguments, dy = _data(shape, dtype, last, options, 2)
+            channels = SHAPES[shape][0]
+            labels = np.asarray(arguments["groups"])
+            if labels.ndim == 0:
+                labels = np.arange(channels) * int(labels) // channels
+            mine = labels == labels[channels // 2]
+            far = {**arguments, "x": arguments["x"].copy()}
+            np.moveaxis(far["x"], arguments["channel_axis"], 1)[1, mine] += 30
+            others = np.ones(dy.shape, bool)
+            np.moveaxis(others, arguments["channel_axis"], 1)[1, mine] = False
+            _same(cugn.group_norm(**far)[others], cugn.group_norm(**arguments)[others])
+            dx, wanted = (cugn.group_norm_backward(dy=dy, **which).dx for which in (far, arguments))
+            _same(dx[others], wanted[others])
