@@ -228,6 +228,7 @@ struct Work {
   }
 };
 
+#ifdef KERNEL_BACKWARD
 // One block `repeat` boxes of whole groups, of consecutive samples. rstd_given: (N, G), where have_rstd. partial: sums of
 // v and v x_hat of each channel over the samples of the block, (blocks of samples, C, 2).
 extern "C" __global__ void BACKWARD_BOUNDS
@@ -331,12 +332,14 @@ extern "C" __global__ void BACKWARD_BOUNDS
   }
 #endif
 }
+#endif
 
+#ifdef KERNEL_BACKWARD_SUMS
 // One block a box of one sample, which may be a part of a group. Writes the sums of v and of v (x - mean of the box), x in
 // the box's unit, of each channel, sums: (N, spatial parts, C, 2); and the moments of each group in the box, (N, parts, G,
 // PART). With have_statistics, in `planes`, it is v x_hat under them, and no moments are written; labels, the group of each
 // channel, need them (labelled).
-extern "C" __global__ void SPLIT_BACKWARD_BOUNDS
+extern "C" __global__ void BACKWARD_SUMS_BOUNDS
     backward_sums(BOX_PARAMETERS, const int group_team, const int channel_team, const x_t* x, const long long x_sn,
                   const long long x_so, const x_t* dy, const long long dy_sn, const long long dy_so, PARAMETERS,
                   double* planes, const int have_statistics, const int G, const int* labels, const int labelled,
@@ -393,7 +396,9 @@ extern "C" __global__ void SPLIT_BACKWARD_BOUNDS
     to[2 * c + 1] = have_statistics ? sum.b : sum.b / work.statistics.rstd(c / box.group_channels);
   }
 }
+#endif
 
+#ifdef KERNEL_MERGE_BACKWARD
 // One block a group of a sample: its statistics and coefficients, in `planes`, and the sums of v and v x_hat of its channels,
 // channel_sums: (N, C, 2), from those of its boxes. See backward_sums. Labelled groups as in merge_labels, where the order of
 // the channels changes no bit.
@@ -473,9 +478,11 @@ extern "C" __global__ void MERGE_BOUNDS
     }
   }
 }
+#endif
 
+#ifdef KERNEL_BACKWARD_APPLY
 // One block a box: x and dy read once, dx written once, under statistics and coefficients in `planes`.
-extern "C" __global__ void SPLIT_BACKWARD_BOUNDS
+extern "C" __global__ void BACKWARD_APPLY_BOUNDS
     backward_apply(BOX_PARAMETERS, const x_t* x, const long long x_sn, const long long x_so, const x_t* dy,
                    const long long dy_sn, const long long dy_so, PARAMETERS, TANGENTS, double* planes, const int G,
                    const int* labels, const int labelled, y_t* dx, const long long dx_sn, const long long dx_so MASK_PARAMETERS) {
@@ -502,7 +509,9 @@ extern "C" __global__ void SPLIT_BACKWARD_BOUNDS
       work.along, work.offset, work.tables, mask, box, Divisor(box.group_channels)};
   apply(operation, Global<y_t>(dx, dx_sn, dx_so, box, inner), box);
 }
+#endif
 
+#ifdef KERNEL_PARAMETER_GRADIENTS
 // dweight and dbias of 32 channels a block, from partial: (rows, C, 2), to every `step`th element of theirs. Eight threads a
 // channel take every eighth row; their sums are added in order.
 template <class Partial>
@@ -533,3 +542,4 @@ extern "C" __global__ void __launch_bounds__(256)
   if (doubles) add_rows((const double*)partial, rows, C, dweight, dbias, dtype, step);
   else add_rows((const float*)partial, rows, C, dweight, dbias, dtype, step);
 }
+#endif

@@ -18,7 +18,8 @@
 #define APPLY_BOUNDS \
   __launch_bounds__(256, HEAVY || (VECTOR_CHANNELS > 1 && REAL_IS_DOUBLE) || (VECTOR_CHANNELS > 2 && Y_DTYPE < FLOAT32) ? 2 : 3)
 #define MORE_THAN_SUMS (TANGENT || MASKED || ACTIVATION != IDENTITY)
-#define SPLIT_BACKWARD_BOUNDS \
+#define BACKWARD_SUMS_BOUNDS __launch_bounds__(256, HEAVY ? 1 : 2)
+#define BACKWARD_APPLY_BOUNDS \
   __launch_bounds__(256, HEAVY || (VECTOR_CHANNELS > 2 && Y_DTYPE < FLOAT32 && MORE_THAN_SUMS) ? 1 : 2)
 #define SECOND_BOUNDS __launch_bounds__(256, 1)
 #define MERGE_BOUNDS __launch_bounds__(256, 1)

@@ -11,6 +11,7 @@
 //
 // Options: X_DTYPE, Y_DTYPE, ACTIVATION, MASKED, VECTOR_CHANNELS.
 
+#ifdef KERNEL_FORWARD
 // One block a box: groups of one or more samples.
 extern "C" __global__ void FORWARD_BOUNDS
     forward(BOX_PARAMETERS, const int team, const x_t* x, const long long x_sn, const long long x_so,
@@ -54,7 +55,9 @@ extern "C" __global__ void FORWARD_BOUNDS
   const Normalization<Shared<x_t>> operation(tile, statistics, tables, box);
   apply(operation, Global<y_t>(y, y_sn, y_so, box, inner), box);
 }
+#endif
 
+#ifdef KERNEL_MOMENTS
 // One block a box, which may be a part of a group. Writes PART values of each of its groups.
 extern "C" __global__ void MOMENTS_BOUNDS
     moments(BOX_PARAMETERS, const int team, const x_t* x, const long long x_sn, const long long x_so,
@@ -81,6 +84,7 @@ extern "C" __global__ void MOMENTS_BOUNDS
     }
   }
 }
+#endif
 
 // What the merged moments of a group become: (mean, m2, count) of the public function, `count` given; or (mean, rstd) where
 // the caller wants them, and the planes that the other kernels read, with the caller's rstd where there is one.
@@ -115,6 +119,7 @@ struct Results {
       double *m2, long long *count, double *planes
 #define RESULTS_OF(groups) {mean, rstd, m2, count, rstd_given, {planes, groups}, eps, public_moments, have_rstd}
 
+#ifdef KERNEL_MERGE_MOMENTS
 // One team a group: merges the moments of its `parts`; or, where the groups are channels (of labelled groups), writes to
 // channel_moments what `moments` writes of a part, (N, G, PART).
 extern "C" __global__ void MERGE_BOUNDS
@@ -130,7 +135,9 @@ extern "C" __global__ void MERGE_BOUNDS
     else results.write(m, group);
   }
 }
+#endif
 
+#ifdef KERNEL_MERGE_LABELS
 // One block a group of a sample, of the channels order[bounds[g]] ... order[bounds[g + 1] - 1]: merges their moments,
 // channel_moments: (N, C, PART). The sums do not depend on the order of the channels, to the bit.
 extern "C" __global__ void MERGE_BOUNDS
@@ -166,7 +173,9 @@ extern "C" __global__ void MERGE_BOUNDS
   const Results results = RESULTS_OF((long long)gridDim.x);
   if (threadIdx.x == 0) results.write(m, blockIdx.x);
 }
+#endif
 
+#ifdef KERNEL_APPLY_STATISTICS
 // One block a box: x read once, y written once, under the statistics of all groups in `planes` or, without them, the
 // caller's mean and rstd, (N, G).
 extern "C" __global__ void APPLY_BOUNDS
@@ -187,3 +196,4 @@ extern "C" __global__ void APPLY_BOUNDS
   const Normalization<Global<const x_t>> operation(Global<const x_t>(x, x_sn, x_so, box, inner), statistics, tables, box);
   apply(operation, Global<y_t>(y, y_sn, y_so, box, inner), box);
 }
+#endif
