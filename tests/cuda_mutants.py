@@ -274,6 +274,14 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "backward": lambda: call((40, 24, 41), 3, backward=True),
     "backward last": lambda: call((2, 24, 37), 8, backward=True, last=True),
     "backward, statistics given": lambda: call((3, 6, 35), 3, backward=True, given=True),
+    # groups of 8 in float64, of 16 and 5 (no whole number of vectors) in the dtype's arithmetic
+    "backward, one element a channel": lambda: (
+        call((9, 64, 1), 8, backward=True),
+        call((9, 64, 1), 8, backward=True, activation="silu"),
+        call((9, 80, 1), 5, backward=True, activation="silu"),
+        call((9, 60, 1), 12, dtype="float16", backward=True),
+    ),
+    "few elements, far from zero": lambda: call((9, 24, 1), 4, mean=1e6, std=1.0),
     "backward, many samples": lambda: call((9, 2050, 1), 2, backward=True),
     "backward split": lambda: (
         call((1, 2, 9001), 1, backward=True, small=True),
@@ -753,8 +761,8 @@ mutant(
     "no barrier before the sums",
     "backward.cu",
     "    backward(BOX_PARAMETERS",
-    "    __syncthreads();\n\n    sum_channels",
-    "    sum_channels",
+    "    __syncthreads();\n\n    const SumsOfChannels",
+    "    const SumsOfChannels",
     "backward",
 )
 mutant(
@@ -765,14 +773,72 @@ mutant(
     "work.sums);",
     "backward",
 )
-mutant("no barrier before dx", "backward.cu", "work.totals.set(c, total);", "__syncthreads();", "", "backward")
+mutant(
+    "no barrier before dx", "backward.cu", "set_coefficients(coefficients_of(sum", "__syncthreads();", "", "backward"
+)
 mutant(
     "sums of the last sample only",
     "backward.cu",
     "    backward(BOX_PARAMETERS",
-    "if (i) total = work.totals.at(c);",
+    "if (i) total[k] = work.totals.at(c + k);",
     "",
     "backward, many samples",
+)
+mutant(
+    "centres change while they are read",
+    "backward.cu",
+    "    backward(BOX_PARAMETERS",
+    "if (sums.single) __syncthreads();",
+    "",
+    "backward, one element a channel",
+)
+mutant(
+    "a centre changes before its team has read it",
+    "backward.cu",
+    "    backward(BOX_PARAMETERS",
+    "__syncwarp();",
+    "",
+    "backward, one element a channel",
+)
+mutant(
+    "vectors across groups",
+    "backward.cu",
+    "    backward(BOX_PARAMETERS",
+    "sums.single && box.group_channels % VX == 0",
+    "sums.single",
+    "backward, one element a channel",
+)
+mutant(
+    "no slope at single elements",
+    "backward.cu",
+    "struct SumsOfChannels",
+    "to_real<X_DTYPE>(vs.element[k]) * bend",
+    "to_real<X_DTYPE>(vs.element[k])",
+    "backward, one element a channel",
+)
+mutant(
+    "no exact slope at single elements",
+    "backward.cu",
+    "struct SumsOfChannels",
+    "exact_slope(x_hat, scale)",
+    "1",
+    "backward, one element a channel",
+)
+mutant(
+    "single elements of the wrong group",
+    "backward.cu",
+    "struct SumsOfChannels",
+    "n * box.groups + by_group.quotient(c)",
+    "by_group.quotient(c)",
+    "backward, one element a channel",
+)
+mutant(
+    "few elements about a rounded mean",
+    "moments.cuh",
+    "Moments moments_of",
+    "few ? average : (double)estimate",
+    "estimate",
+    "few elements, far from zero",
 )
 mutant(
     "blocks share their partial sums",
@@ -837,15 +903,15 @@ mutant(
     "sums stay in the box's units",
     "backward.cu",
     "    backward_sums(BOX_PARAMETERS",
-    "sum.b / work.statistics.rstd(c / box.group_channels)",
-    "sum.b",
+    "sum[0].b / tables.statistic(c / box.group_channels).rstd",
+    "sum[0].b",
     "backward split",
 )
 mutant(
     "no barrier before the parts' sums",
     "backward.cu",
     "    backward_sums(BOX_PARAMETERS",
-    "work.sums);\n  __syncthreads();",
+    "work.sums);\n    __syncthreads();",
     "work.sums);",
     "backward split",
 )
@@ -874,8 +940,8 @@ mutant(
     "backward labels",
 )
 mutant("no barrier before rows are added", "backward.cu", "void add_rows", "__syncthreads();", "", "backward")
-mutant("a row in eight is left out", "backward.cu", "void add_rows", "other < 8", "other < 7", "backward")
-mutant("rows overlap", "backward.cu", "void add_rows", "r += 8", "r += 7", "backward")
+mutant("a row in eight is left out", "backward.cu", "void add_rows", "other < parts", "other < parts - 1", "backward")
+mutant("rows overlap", "backward.cu", "void add_rows", "r += parts", "r += parts - 1", "backward")
 mutant(
     "channels that are not there",
     "backward.cu",

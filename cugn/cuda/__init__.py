@@ -284,11 +284,12 @@ def _added(plan: Plan, partial: Array) -> Array:
 
 def _add_rows(plan: Plan, partial: Array, dweight: Array, dbias: Array, dtype: int, step: int) -> None:
     rows, channels = partial.shape[:2]
+    threads = 32 * min(8, -(-rows // 8))
     kernel(Specialisation.of("parameter_gradients"), 0)(
         (-(-channels // 32),),
-        (256,),
+        (threads,),
         (partial, *_ints(partial.dtype == np.float64, rows, channels), dweight, dbias, *_ints(dtype, step)),
-        shared_mem=16 * 256,
+        shared_mem=16 * threads,
     )
 
 

@@ -190,11 +190,11 @@ class Box:
         return _round_up(self.elements, 16) if masked else 0
 
     def tables_bytes(self, real: int, tangent: bool, coefficients: int) -> int:
-        """Statistics of the groups, and what is looked up for groups and channels: as `Statistics` and `Tables`."""
-        of_group = 4 if real == 8 else 3
+        """What is looked up for groups and channels: as `Tables` in the kernels."""
+        exact, of_group = (0, 4) if real == 8 else (2 + coefficients, 3)
         looked_up = (of_group + coefficients) * spread(self.units, real)
         looked_up += (4 if tangent else 2) * spread(self.channels, real)
-        return _round_up(8 * of_group * self.units + real * looked_up, 16)
+        return _round_up(8 * exact * self.units + real * looked_up, 16)
 
 
 @lru_cache(maxsize=1024)
@@ -300,9 +300,11 @@ def _box(p: Problem, samples: int, rows: int, channels: int, columns: int) -> Bo
     groups = max(1, channels // p.D)
     elements = samples * rows * width
     most = MOST_THREADS if p.arrays == 1 and elements * p.itemsize >= ONE_BLOCK_BYTES else USUAL_THREADS
-    threads = min(most, max(32, _power_of_two(elements // p.vector // 4)))
     units = samples * groups
     group_chunks = max(1, rows * width // groups // p.vector)
+    # four vectors a thread; of groups of so few one, so that it is neighbours who read neighbouring vectors
+    vectors_of_thread = 1 if group_chunks <= 4 else 4
+    threads = min(most, max(32, _power_of_two(elements // p.vector // vectors_of_thread)))
     channel_chunks = max(1, rows * columns // (p.vector if columns % p.vector == 0 else 1))
     return Box(
         samples=samples,
@@ -405,8 +407,8 @@ def backward_bytes(box: Box, p: Problem) -> int:
 
 def backward_apply_bytes(box: Box, p: Problem) -> int:
     """Dynamic shared memory of `backward_apply`."""
-    doubles = SCRATCH_DOUBLES + 3 * box.units
-    doubles += 2 * spread(box.samples * box.channels, 8) + 2 * spread(box.channels, 8)
+    kept = 0 if box.rows == box.columns == 1 else box.samples * box.channels
+    doubles = SCRATCH_DOUBLES + box.units + 2 * spread(kept, 8) + 2 * spread(box.channels, 8)
     return _round_up(8 * doubles + box.tables_bytes(p.real, p.tangent, 2), 16) + box.mask_bytes(p.masked)
 
 

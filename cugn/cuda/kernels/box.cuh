@@ -343,9 +343,9 @@ struct Place {
 
 // Op: Input (where a row's elements come from), Values<K> (K of them), Entry (what a channel of a sample needs), Group (the part
 // of it that its group needs), and unit(n, c), group(unit), entry(group, c), slow(entry), fast(entry, values, k); for slow
-// entries the same in float64, Exact, exact_entry and exact. An
-// entry is looked up once for as long as a thread stays in its channels: for good in channels-last, where a few threads may
-// have nothing to do for it, once a vector elsewhere.
+// entries the same in float64, ExactGroup, exact_group(unit) and exact(group, c, values, k). An entry is looked up once for as
+// long as a thread stays in its channels: for good in channels-last, where a few threads may have nothing to do for it, once
+// a vector elsewhere.
 //
 // VECTOR_CHANNELS: channels that an aligned vector of the output lies in at most. 1, 2 (a channel's run is at least a
 // vector), or 16 for any number.
@@ -413,17 +413,24 @@ template <class Op> __device__ __forceinline__ void apply(const Op& op, const Gl
       typename Op::template Values<VY> values;
       op.load(values, from, e, place.n, place.r, q);
       Pack<y_t, VY> pack;
+      const auto kept = [&](int k) { return ENTRIES == 2 && k >= here ? entry[ENTRIES - 1] : entry[ENTRIES == VY ? k : 0]; };
       if (plain) {
 #pragma unroll
-        for (int k = 0; k < VY; ++k) {
-          const typename Op::Entry one = ENTRIES == 2 && k >= here ? entry[ENTRIES - 1] : entry[ENTRIES == VY ? k : 0];
-          pack.element[k] = from_real<Y_DTYPE>(op.fast(one, values, k));
-        }
+        for (int k = 0; k < VY; ++k) pack.element[k] = from_real<Y_DTYPE>(op.fast(kept(k), values, k));
       } else {
+        typename Op::Group group;
+        typename Op::ExactGroup exact_group;
+        int unit = -1;  // whose they are
 #pragma unroll
         for (int k = 0; k < VY; ++k) {
-          const typename Op::Entry one = op.entry(op.group(op.unit(place.n, place.c)), place.c);
-          pack.element[k] = op.slow(one) ? from_double<Y_DTYPE>(op.exact(op.exact_entry(place.n, place.c), values, k))
+          const int other = op.unit(place.n, place.c);
+          if (other != unit) {
+            if (!KEPT) group = op.group(other);
+            exact_group = op.exact_group(other);
+            unit = other;
+          }
+          const typename Op::Entry one = KEPT ? kept(k) : op.entry(group, place.c);
+          pack.element[k] = op.slow(one) ? from_double<Y_DTYPE>(op.exact(exact_group, place.c, values, k))
                                          : from_real<Y_DTYPE>(op.fast(one, values, k));
           place.step(box);
         }
@@ -434,7 +441,7 @@ template <class Op> __device__ __forceinline__ void apply(const Op& op, const Gl
         const typename Op::Entry one = op.entry(op.group(op.unit(place.n, place.c)), place.c);
         typename Op::template Values<1> values;
         op.load(values, from, k, place.n, place.r, place.c * box.ncol + place.i);
-        to[k] = op.slow(one) ? from_double<Y_DTYPE>(op.exact(op.exact_entry(place.n, place.c), values, 0))
+        to[k] = op.slow(one) ? from_double<Y_DTYPE>(op.exact(op.exact_group(op.unit(place.n, place.c)), place.c, values, 0))
                              : from_real<Y_DTYPE>(op.fast(one, values, 0));
         place.step(box);
       }

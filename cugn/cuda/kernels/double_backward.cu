@@ -264,7 +264,7 @@ template <bool OF_X> struct Second {
   template <class Nothing> struct Choice<false, Nothing> { typedef Index Entry; };
   typedef typename Choice<ENTRIES <= 2>::Entry Entry;
   typedef int Group;
-  typedef double Exact;
+  typedef int ExactGroup;
   struct Input {};
   template <int K> struct Values {
     Pack<x_t, K> x, dy, u;
@@ -287,8 +287,8 @@ template <bool OF_X> struct Second {
     else return {u, c};
   }
   __device__ __forceinline__ bool slow(const Entry&) const { return false; }
-  __device__ __forceinline__ double exact_entry(int, int) const { return 0; }
-  template <int K> __device__ __forceinline__ double exact(double, const Values<K>&, int) const { return 0; }
+  __device__ __forceinline__ int exact_group(int u) const { return u; }
+  template <int K> __device__ __forceinline__ double exact(int, int, const Values<K>&, int) const { return 0; }
   __device__ __forceinline__ Input input(int, int) const { return {}; }
   template <int K> __device__ __forceinline__ void load(Values<K>& values, const Input&, int, int n, int r, int q) const {
     const auto pack = [&](const Shared<x_t>& from) {

@@ -20,8 +20,7 @@ extern "C" __global__ void FORWARD_BOUNDS
   const Box box(BOX_ARGUMENTS, blockIdx.x);
   const int most_units = samples * max(1, channels / D);
   double* scratch = shared;
-  const Statistics statistics(shared + SCRATCH, most_units);
-  const Tables tables(shared + SCRATCH + Statistics::VALUES * most_units, most_units, channels, 0);
+  const Tables tables(shared + SCRATCH, most_units, channels, 0);
   unsigned char* bytes = align_16(tables.end());
 
   const Global<const x_t> source(x, x_sn, x_so, box, inner);
@@ -42,9 +41,7 @@ extern "C" __global__ void FORWARD_BOUNDS
     if (u < units && lane == 0) {
       m.fit(eps);
       const double r = m.rstd(eps);
-      const Statistic statistic = {m.mean, m.low, r, m.unit};
-      statistics.set(u, statistic);
-      tables.set_centre(u, Centre(statistic));
+      tables.set(u, {m.mean, m.low, r, m.unit});
       const long long at = (box.n0 + n) * (C / D) + box.g0 + k;
       mean[at] = m.mean / m.unit;
       rstd[at] = r * m.unit;
@@ -52,7 +49,7 @@ extern "C" __global__ void FORWARD_BOUNDS
   }
   __syncthreads();
 
-  const Normalization<Shared<x_t>> operation(tile, statistics, tables, box);
+  const Normalization<Shared<x_t>> operation(tile, tables, box);
   apply(operation, Global<y_t>(y, y_sn, y_so, box, inner), box);
 }
 #endif
@@ -184,16 +181,13 @@ extern "C" __global__ void APPLY_BOUNDS
                      const int labelled, PARAMETERS, y_t* y, const long long y_sn, const long long y_so) {
   const Box box(BOX_ARGUMENTS, blockIdx.x);
   const int most_units = samples * max(1, channels / D);
-  const Statistics statistics(shared, most_units);
-  const Tables tables(shared + Statistics::VALUES * most_units, most_units, channels, 0);
+  const Tables tables(shared, most_units, channels, 0);
   tables.fill_scales(box, {weight, bias, nullptr, nullptr, weight_dtype, bias_dtype, -1, -1});
   for_each_group(box, G, labels, labelled, [&](int u, long long group) {
-    const Statistic statistic = have_planes ? statistic_of({planes, N * G}, group) : given_statistic(mean, rstd, group);
-    statistics.set(u, statistic);
-    tables.set_centre(u, Centre(statistic));
+    tables.set(u, have_planes ? statistic_of({planes, N * G}, group) : given_statistic(mean, rstd, group));
   });
   __syncthreads();
-  const Normalization<Global<const x_t>> operation(Global<const x_t>(x, x_sn, x_so, box, inner), statistics, tables, box);
+  const Normalization<Global<const x_t>> operation(Global<const x_t>(x, x_sn, x_so, box, inner), tables, box);
   apply(operation, Global<y_t>(y, y_sn, y_so, box, inner), box);
 }
 #endif
