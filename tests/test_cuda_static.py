@@ -29,8 +29,8 @@ WRITERS = {"forward", "backward"} | BOTH
 def distance(s: cuda.Specialisation) -> int:
     """In how many options it differs from floats as they come, without anything added."""
     natural = s.file == "double_backward" or "float64" in (s.x_dtype, s.y_dtype)
-    added = [s.activation is not None, s.masked, s.vector_channels > 1, s.x_dtype in INTEGERS, s.tangent]
-    return sum([*added, s.double != natural])
+    added = [s.activation is not None, s.masked, s.vector_channels > 1, s.x_dtype in INTEGERS]
+    return sum([*added, s.tangent, s.single, s.double != natural])
 
 
 def jobs() -> list[tuple[cuda.Specialisation, int]]:
@@ -50,7 +50,7 @@ def jobs() -> list[tuple[cuda.Specialisation, int]]:
 
 def label(s: cuda.Specialisation) -> str:
     """Name in the table."""
-    flags = [name for name in ("masked", "tangent", "double") if getattr(s, name)]
+    flags = [name for name in ("masked", "single", "tangent", "double") if getattr(s, name)]
     flags.append(f"{s.vector_channels} a vector")
     return f"{s.x_dtype}->{s.y_dtype} {s.activation or ''} {' '.join(flags)}".replace("  ", " ").strip()
 

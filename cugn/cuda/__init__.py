@@ -405,6 +405,7 @@ class _Call:
             activation=plan.activation,
             masked=plan.masked,
             vector_channels=self.vector_channels(),
+            single=self.problem.single,
             tangent=self.problem.tangent,
             double=self.problem.real == 8,
         )
@@ -480,7 +481,7 @@ class _Call:
             box,
             (*_ints(box.group_team, box.channel_team), *arrays, *parameters),
             (planes, np.int32(known), np.int32(plan.G), *self.labels(), moments, sums, *self.where),
-            config.backward_bytes(box, p),
+            config.backward_sums_bytes(box, p),
         )
         channel_sums = cupy.empty((p.N, p.C, 2), np.float64)
         threads, team = config.merge_channel_threads(p.D, box.spatial_parts, plan.labels is not None)

@@ -98,7 +98,7 @@ def launches(problem: Problem, device: Device) -> list[tuple[str, Box, int, floa
         box = config.split_box(p, device)
         again = config.apply_box(p, box)
         return [
-            ("backward_sums", box, config.backward_bytes(box, p), 2 * item),
+            ("backward_sums", box, config.backward_sums_bytes(box, p), 2 * item),
             ("backward_apply", again, config.backward_apply_bytes(again, p), 3 * item),
         ]
     if resident is not None:
@@ -147,7 +147,7 @@ def table(architectures: list[int], dtypes: list[str], bandwidth: float) -> list
                     same = 1 if problem.inner % (16 // problem.itemsize) == 0 else 2 if problem.inner > 1 else 16
                     for name, box, shared, bytes_each in launches(problem, device):
                         given = {"x_dtype": dtype, "y_dtype": dtype, "double": dtype == "float64"}
-                        module = Specialisation.of(name, **given, vector_channels=same)
+                        module = Specialisation.of(name, **given, vector_channels=same, single=problem.single)
                         if module not in found:
                             found[module] = usage(compiled(module, architecture))
                         kernel = found[module]

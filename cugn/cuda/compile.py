@@ -27,7 +27,7 @@ KERNELS: dict[str, tuple[str, frozenset[str]]] = {
     "merge_moments": ("forward", frozenset({"double"})),
     "merge_labels": ("forward", frozenset({"double"})),
     "apply_statistics": ("forward", OF_ELEMENTS),
-    "backward": ("backward", GRADIENT),
+    "backward": ("backward", GRADIENT | {"single"}),
     "backward_sums": ("backward", GRADIENT - {"y_dtype", "vector_channels"}),
     "merge_backward": ("backward", frozenset({"tangent", "double"})),
     "backward_apply": ("backward", GRADIENT),
@@ -57,6 +57,8 @@ class Specialisation(NamedTuple):
     masked: bool = False
     vector_channels: int = 1
     """Channels that an aligned 16-byte vector of the output lies in at most: 1, 2, or 16 for any number."""
+    single: bool = False
+    """Whether a channel of a sample has one element."""
     tangent: bool = False
     """Whether weight and bias have tangents: the jvp."""
     double: bool = False
@@ -93,6 +95,7 @@ def options(specialisation: Specialisation) -> tuple[str, ...]:
         f"-DACTIVATION={ACTIVATIONS[s.activation]}",
         f"-DMASKED={int(s.masked)}",
         f"-DVECTOR_CHANNELS={s.vector_channels}",
+        f"-DSINGLE={int(s.single)}",
         f"-DTANGENT={int(s.tangent)}",
     )
 
@@ -100,16 +103,19 @@ def options(specialisation: Specialisation) -> tuple[str, ...]:
 def specialisations() -> list[Specialisation]:
     """Every module that the engine can build."""
     pairs = [(x, x) for x in FLOATS] + [(x, y) for x in INTEGERS for y in FLOATS]
-    flags = list(product(pairs, ACTIVATIONS, (False, True), (1, 2, 16), (False, True), (False, True)))
+    vectors = ((1, False), (2, False), (16, False), (16, True))
+    flags = list(product(pairs, ACTIVATIONS, (False, True), vectors, (False, True), (False, True)))
     found: dict[Specialisation, None] = {}
-    for (kernel, (file, _)), ((x, y), activation, masked, channels, tangent, double) in product(KERNELS.items(), flags):
+    for (kernel, (file, _)), ((x, y), activation, masked, (channels, single), tangent, double) in product(
+        KERNELS.items(), flags
+    ):
         if file in ("backward", "double_backward") and x != y:
             continue
         if not double and (file == "double_backward" or "float64" in (x, y)):
             continue
-        given = {"x_dtype": x, "y_dtype": y, "activation": activation, "masked": masked}
-        s = Specialisation.of(kernel, **given, vector_channels=channels, tangent=tangent, double=double)
-        found[s] = None
+        given: dict[str, Any] = {"x_dtype": x, "y_dtype": y, "activation": activation, "masked": masked}
+        given |= {"vector_channels": channels, "single": single, "tangent": tangent, "double": double}
+        found[Specialisation.of(kernel, **given)] = None
     return list(found)
 
 

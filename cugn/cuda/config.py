@@ -128,6 +128,11 @@ class Problem:
         return self.outer * self.D * self.inner
 
     @property
+    def single(self) -> bool:
+        """Whether a channel of a sample has one element."""
+        return self.outer == self.inner == 1
+
+    @property
     def vector(self) -> int:
         """Elements of a 16-byte vector."""
         return 16 // self.itemsize
@@ -223,7 +228,7 @@ def split_box(problem: Problem, device: Device) -> Box:
     """Box of a part of a group, or of parts of neighbouring groups."""
     budget = min(SPLIT_BOX_BYTES, device.shared_per_block - RESERVED_SHARED)
     elements = max(problem.vector, budget // (problem.arrays * (problem.itemsize + problem.masked)))
-    bytes_of = {1: (moments_bytes, apply_bytes), 2: (backward_bytes,), 3: (second_bytes,)}[problem.arrays]
+    bytes_of = {1: (moments_bytes, apply_bytes), 2: (backward_sums_bytes,), 3: (second_bytes,)}[problem.arrays]
 
     def most(box: Box) -> int:
         return max(of(box, problem) for of in bytes_of)
@@ -401,13 +406,23 @@ def forward_bytes(box: Box, p: Problem) -> int:
 
 
 def backward_bytes(box: Box, p: Problem) -> int:
-    """Dynamic shared memory of `backward` and `backward_sums`: as `Work` in the kernels."""
+    """Dynamic shared memory of `backward`: as `Work` in the kernels."""
+    kept = 0 if p.single else box.samples * box.channels
+    return _backward_bytes(box, p, kept) + 2 * box.array_bytes(p.itemsize)
+
+
+def backward_sums_bytes(box: Box, p: Problem) -> int:
+    """Dynamic shared memory of `backward_sums`."""
     return backward_apply_bytes(box, p) + 2 * box.array_bytes(p.itemsize)
 
 
 def backward_apply_bytes(box: Box, p: Problem) -> int:
     """Dynamic shared memory of `backward_apply`."""
-    kept = 0 if box.rows == box.columns == 1 else box.samples * box.channels
+    return _backward_bytes(box, p, box.channels)
+
+
+def _backward_bytes(box: Box, p: Problem, kept: int) -> int:
+    """All but the arrays, with `kept` sums of channels."""
     doubles = SCRATCH_DOUBLES + box.units + 2 * spread(kept, 8) + 2 * spread(box.channels, 8)
     return _round_up(8 * doubles + box.tables_bytes(p.real, p.tangent, 2), 16) + box.mask_bytes(p.masked)
 

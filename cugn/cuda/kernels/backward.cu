@@ -12,7 +12,7 @@
 // Accumulators: float32 over SHORT_RUN elements, float64 beyond (float64 arrays: float64 throughout).
 // Requires: as forward.cu; dx may be the memory of x or dy where it has the same strides.
 //
-// Options: X_DTYPE (= Y_DTYPE), ACTIVATION, MASKED, VECTOR_CHANNELS, TANGENT.
+// Options: X_DTYPE (= Y_DTYPE), ACTIVATION, MASKED, VECTOR_CHANNELS, TANGENT; SINGLE, for `backward` where S = 1.
 
 #define PARAMETER_ARGUMENTS \
   {weight, bias, tweight, tbias, weight_dtype, bias_dtype, tweight_dtype, tbias_dtype}
@@ -191,8 +191,8 @@ __device__ __forceinline__ void sum_channels(const Shared<x_t>& x, const Shared<
   }
 }
 
-// Sums of v and v x_hat of each channel of each sample in the box: as sum_channels left them; or, where a channel has a
-// `single` element there, of that element, which costs less than to keep them: a third of the accesses of shared memory.
+// Sums of v and v x_hat of each channel of each sample in the box: as sum_channels left them; or, under SINGLE, of the one
+// element of the channel, which costs less than to keep them: a third of the accesses of shared memory.
 struct SumsOfChannels {
   const Shared<x_t>&x, &v;
   const Mask& mask;
@@ -200,39 +200,43 @@ struct SumsOfChannels {
   const Tables& tables;
   const ChannelSums& sums;
   const Divisor by_group;
-  const bool single;
 
   // Of channels c, ..., c + K - 1 of sample n, which are of one group where K > 1.
   template <int K> __device__ __forceinline__ void at(int n, int c, Pair (&sum)[K]) const {
-    if (!single) {
+#if !SINGLE
 #pragma unroll
-      for (int k = 0; k < K; ++k) sum[k] = sums.at(n * box.nc + c + k);
-      return;
-    }
+    for (int k = 0; k < K; ++k) sum[k] = sums.at(n * box.nc + c + k);
+#else
     const int u = n * box.groups + by_group.quotient(c), at = x.index(n, 0, c), v_at = v.index(n, 0, c);
     const Pack<x_t, K> xs = load_pack<x_t, K>(x.data + at, at % K == 0), vs = load_pack<x_t, K>(v.data + v_at, v_at % K == 0);
-    const bool exact = !tables.in_reals(u);
-    Centre centre;
-    Statistic statistic;
-    if (!exact) centre = tables.centre(u);
-    if (exact || (BENT && !TANGENT)) statistic = tables.statistic(u);
+    if (!tables.in_reals(u)) {
+      const Statistic statistic = tables.statistic(u);
+#pragma unroll
+      for (int k = 0; k < K; ++k) sum[k] = exactly_of(statistic, n, c + k, xs.element[k], vs.element[k]);
+      return;
+    }
+    const Centre centre = tables.centre(u);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const Scale scale = BENT && !TANGENT ? tables.scale(c + k) : Scale();
-      double x_hat, value;
-      if (!exact && in_reals(scale)) {
-        const real short_x_hat = centred(centre, to_real<X_DTYPE>(xs.element[k])) * centre.rstd;
-        const real bend = BENT && !TANGENT ? slope(fma(short_x_hat, scale.weight, scale.bias)) : (real)1;
-        x_hat = short_x_hat;
-        value = to_real<X_DTYPE>(vs.element[k]) * bend;
+      if (in_reals(scale)) {
+        const real x_hat = centred(centre, to_real<X_DTYPE>(xs.element[k])) * centre.rstd;
+        const real bend = BENT && !TANGENT ? slope(fma(x_hat, scale.weight, scale.bias)) : (real)1;
+        sum[k] = of(n, c + k, to_real<X_DTYPE>(vs.element[k]) * bend, x_hat);
       } else {
-        x_hat = exact_x_hat(statistic, xs.element[k]);
-        value = to_double<X_DTYPE>(vs.element[k]) * (BENT && !TANGENT ? exact_slope(x_hat, scale) : 1);
+        sum[k] = exactly_of(tables.statistic(u), n, c + k, xs.element[k], vs.element[k]);
       }
-      const bool used = !TANGENT || mask.at(n, 0, c + k);
-      sum[k].a = used ? value : 0;
-      sum[k].b = used ? value * x_hat : 0;
     }
+#endif
+  }
+  __device__ __forceinline__ Pair of(int n, int c, double value, double x_hat) const {
+    const bool used = !TANGENT || mask.at(n, 0, c);
+    return {used ? value : 0, used ? value * x_hat : 0};
+  }
+  __device__ __forceinline__ Pair exactly_of(const Statistic& statistic, int n, int c, x_t x, x_t v) const {
+    const double x_hat = exact_x_hat(statistic, x);
+    const double bend = BENT && !TANGENT ? exact_slope(x_hat, tables.scale(c)) : 1;
+    return of(n, c, to_double<X_DTYPE>(v) * bend, x_hat);
   }
 };
 
@@ -265,16 +269,14 @@ struct Work {
   ChannelSums sums, totals;  // of the channels of each sample, and of all samples
   Tables tables;
   unsigned char *x, *dy, *mask;
-  bool single;
   __device__ __forceinline__ Work(int samples, int rows, int channels, int columns, int units, int pitch, int flat)
-      : Work(samples, rows, channels, columns, units, pitch, flat, rows == 1 && columns == 1 ? 0 : samples * channels) {}
-  __device__ __forceinline__ Work(int samples, int rows, int channels, int columns, int units, int pitch, int flat, int kept)
-      : counts(shared + SCRATCH), sums(counts + units, kept), totals(sums.end(kept), channels),
-        tables(totals.end(channels), units, channels, 2), single(kept == 0) {
+      : counts(shared + SCRATCH), sums(counts + units, kept(samples, channels)),
+        totals(sums.end(kept(samples, channels)), channels), tables(totals.end(channels), units, channels, 2) {
     x = align_16(tables.end());
     dy = x + box_bytes<x_t>(samples, rows, channels * columns, pitch, flat);
     mask = dy + box_bytes<x_t>(samples, rows, channels * columns, pitch, flat);
   }
+  static __device__ __forceinline__ int kept(int samples, int channels) { return SINGLE ? 0 : samples * channels; }
 };
 
 #ifdef KERNEL_BACKWARD
@@ -325,11 +327,11 @@ extern "C" __global__ void BACKWARD_BOUNDS
     }
     __syncthreads();
 
-    const SumsOfChannels sums = {x_tile, dy_tile, mask, box, tables, work.sums, Divisor(box.group_channels), work.single};
-    if (!sums.single) {
-      sum_channels(x_tile, dy_tile, mask, box, channel_team, tables, shared, work.sums);
-      __syncthreads();
-    }
+    const SumsOfChannels sums = {x_tile, dy_tile, mask, box, tables, work.sums, Divisor(box.group_channels)};
+#if !SINGLE
+    sum_channels(x_tile, dy_tile, mask, box, channel_team, tables, shared, work.sums);
+    __syncthreads();
+#endif
 #if !TANGENT
     const auto add_samples = [&](auto width) {
       constexpr int K = decltype(width)::value;
@@ -338,6 +340,7 @@ extern "C" __global__ void BACKWARD_BOUNDS
 #pragma unroll
         for (int k = 0; k < K; ++k)
           if (i) total[k] = work.totals.at(c + k);
+#pragma unroll 1
         for (int n = 0; n < box.ns; ++n) {
           sums.at(n, c, sum);
 #pragma unroll
@@ -350,10 +353,16 @@ extern "C" __global__ void BACKWARD_BOUNDS
         for (int k = 0; k < K; ++k) work.totals.set(c + k, total[k]);
       }
     };
-    if (sums.single && box.group_channels % VX == 0) add_samples(Count<VX>());
+#if SINGLE && ACTIVATION == IDENTITY  // eight slopes at a time do not fit in registers
+    if (box.group_channels % VX == 0) add_samples(Count<VX>());
     else add_samples(Count<1>());
+#else
+    add_samples(Count<1>());
 #endif
-    if (sums.single) __syncthreads();  // the centres have been read, which set_coefficients may change
+#endif
+#if SINGLE
+    __syncthreads();  // the centres have been read, which set_coefficients may change
+#endif
 
     {
       const int team = group_team, teams = blockDim.x / team, lane = threadIdx.x & (team - 1);
@@ -373,7 +382,7 @@ extern "C" __global__ void BACKWARD_BOUNDS
           }
         };
         const int mine = u < units ? box.group_channels : 0;
-        if (sums.single) walk(1, mine, lane, team, add, [] {});
+        if (SINGLE) walk(1, mine, lane, team, add, [] {});
         else for (int c = lane; c < mine; c += team) add(Count<1>(), 0, c);
         sum = team_sum(sum, team, shared);
         __syncwarp();  // all lanes have read the centre, which set_coefficients may change
@@ -450,17 +459,13 @@ extern "C" __global__ void BACKWARD_SUMS_BOUNDS
     __syncthreads();
   }
 
-  const SumsOfChannels of_channels = {x_tile, dy_tile, mask, box, tables, work.sums, Divisor(box.group_channels), work.single};
-  if (!of_channels.single) {
-    sum_channels(x_tile, dy_tile, mask, box, channel_team, tables, shared, work.sums);
-    __syncthreads();
-  }
+  sum_channels(x_tile, dy_tile, mask, box, channel_team, tables, shared, work.sums);
+  __syncthreads();
   double* to = sums + 2 * ((box.n0 * box.spatial_parts + box.spatial_part) * C + box.c0);
   for (int c = threadIdx.x; c < box.nc; c += blockDim.x) {
-    Pair sum[1];
-    of_channels.at(0, c, sum);
-    to[2 * c] = sum[0].a;
-    to[2 * c + 1] = have_statistics ? sum[0].b : sum[0].b / tables.statistic(c / box.group_channels).rstd;
+    const Pair sum = work.sums.at(c);
+    to[2 * c] = sum.a;
+    to[2 * c + 1] = have_statistics ? sum.b : sum.b / tables.statistic(c / box.group_channels).rstd;
   }
 }
 #endif

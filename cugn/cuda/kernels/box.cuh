@@ -12,12 +12,13 @@
 // registers). None of them makes a kernel spill, over all options and architectures. The kernels that go over a split group
 // have three blocks where that allows it: 12 KB of reads in flight, and sm_90 needs 8 to read and write at the memory's speed.
 #define FORWARD_BOUNDS __launch_bounds__(512, 1)
-#define BACKWARD_BOUNDS __launch_bounds__(256, 1)
 #define MOMENTS_BOUNDS __launch_bounds__(256, 3)
 #define HEAVY (ACTIVATION == GELU || (REAL_IS_DOUBLE && ACTIVATION != IDENTITY))  // erfc, and exp in float64
 #define APPLY_BOUNDS \
   __launch_bounds__(256, HEAVY || (VECTOR_CHANNELS > 1 && REAL_IS_DOUBLE) || (VECTOR_CHANNELS > 2 && Y_DTYPE < FLOAT32) ? 2 : 3)
 #define MORE_THAN_SUMS (TANGENT || MASKED || ACTIVATION != IDENTITY)
+#define BACKWARD_BOUNDS \
+  __launch_bounds__(256, REAL_IS_DOUBLE || SINGLE || MORE_THAN_SUMS || (VECTOR_CHANNELS > 2 && Y_DTYPE < FLOAT32) ? 1 : 2)
 #define BACKWARD_SUMS_BOUNDS __launch_bounds__(256, HEAVY ? 1 : 2)
 #define BACKWARD_APPLY_BOUNDS \
   __launch_bounds__(256, HEAVY || (VECTOR_CHANNELS > 2 && Y_DTYPE < FLOAT32 && MORE_THAN_SUMS) ? 1 : 2)
@@ -418,20 +419,26 @@ template <class Op> __device__ __forceinline__ void apply(const Op& op, const Gl
 #pragma unroll
         for (int k = 0; k < VY; ++k) pack.element[k] = from_real<Y_DTYPE>(op.fast(kept(k), values, k));
       } else {
+        // Groups of single elements are small, and small ones are all slow: what is known is kept. Elsewhere it takes registers.
+        constexpr bool LOOK_UP = !SINGLE;
         typename Op::Group group;
         typename Op::ExactGroup exact_group;
         int unit = -1;  // whose they are
 #pragma unroll
         for (int k = 0; k < VY; ++k) {
           const int other = op.unit(place.n, place.c);
-          if (other != unit) {
-            if (!KEPT) group = op.group(other);
-            exact_group = op.exact_group(other);
+          if (LOOK_UP || other != unit) {
+            if (LOOK_UP || !KEPT) group = op.group(other);
+            if (!LOOK_UP) exact_group = op.exact_group(other);
             unit = other;
           }
-          const typename Op::Entry one = KEPT ? kept(k) : op.entry(group, place.c);
-          pack.element[k] = op.slow(one) ? from_double<Y_DTYPE>(op.exact(exact_group, place.c, values, k))
-                                         : from_real<Y_DTYPE>(op.fast(one, values, k));
+          const typename Op::Entry one = LOOK_UP || !KEPT ? op.entry(group, place.c) : kept(k);
+          if (op.slow(one)) {
+            if (LOOK_UP) exact_group = op.exact_group(unit);
+            pack.element[k] = from_double<Y_DTYPE>(op.exact(exact_group, place.c, values, k));
+          } else {
+            pack.element[k] = from_real<Y_DTYPE>(op.fast(one, values, k));
+          }
           place.step(box);
         }
       }

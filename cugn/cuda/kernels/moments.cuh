@@ -9,6 +9,14 @@
 // rounding, 1e-8 standard deviations, would be seen.
 #define EXACT_MEAN (X_DTYPE == FLOAT32 && !REAL_IS_DOUBLE)
 
+// Whether groups of so few are told by their size, before the first float32 sum. `backward` has no registers to spare for it
+// (128 on sm_90, for two blocks), unless single elements make small groups usual.
+#if defined(KERNEL_BACKWARD) && !SINGLE
+#define FEW_AT_ONCE false
+#else
+#define FEW_AT_ONCE true
+#endif
+
 // Moments of x * unit. The unit is a power of two, 1 unless squares would leave the range of float64, or subnormals lose
 // bits; only float64 arithmetic has another one.
 struct Moments {
@@ -86,7 +94,7 @@ __device__ __forceinline__ Moments moments_of(const Shared<x_t>& x, const Mask& 
   const real estimate = (real)average;
 
   // Known to be few: in float64 right away.
-  const bool few = EXACT_MEAN && box.nr * box.run <= FEW_ELEMENTS;
+  const bool few = EXACT_MEAN && FEW_AT_ONCE && box.nr * box.run <= FEW_ELEMENTS;
   double s1 = 0, s2 = 0;
   real run_1 = 0, run_2 = 0;
   walk(rows, box.run, lane, team,
