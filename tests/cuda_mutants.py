@@ -180,6 +180,20 @@ def same_bits() -> None:
             assert of_all[-len(of_one) :] == of_one
 
 
+def far_apart() -> None:
+    """Samples more than 2^31 elements apart, of x and of the mask, in one block and in two."""
+    for size in (8, 4000):
+        x = inputs((2, 4, size), "float16", 3.0, 2.0)[0]
+        where = np.random.default_rng(1).random(x.shape) < 0.6
+        with emulated(mode="fast"):
+            arrays = []
+            for a in (x, where):
+                arrays.append(host_cupy.sparse(a.shape, a.dtype, (((1 << 31) + 64) * a.itemsize, *a.strides[1:])))
+                host_cupy.to_host(arrays[-1])[...] = a
+            y = host_cupy.to_host(cugn.group_norm(arrays[0], 2, where=arrays[1]))
+        check_y(y, oracle.forward(x, 2, where=where), "float16", "far apart")
+
+
 def ends_of_the_range() -> None:
     """float64 near its largest values and below its normal ones, in one block and over several, and constant."""
     with simt.using(flush_subnormals=False):
@@ -315,6 +329,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "one element": one_element,
     "subnormals": lambda: call((2, 4, 90), 2, mean=0.0, std=3e-44, eps=0.0),
     "same bits": same_bits,
+    "far apart": far_apart,
 }
 
 
@@ -370,6 +385,30 @@ mutant(
     "the distance from 16 bytes is lost", "box.cuh", "elements_past_16_bytes", "% (16 / sizeof(T))", "% 1", "misaligned"
 )
 mutant("a flat box forgets its head", "box.cuh", "struct Shared", "flat ? head + s", "flat ? s", "misaligned")
+mutant(
+    "samples at offsets of 32 bits",
+    "box.cuh",
+    "struct Global",
+    "base + box.n0 * sn",
+    "base + (int)(box.n0 * sn)",
+    "far apart",
+)
+mutant(
+    "samples of a box at offsets of 32 bits",
+    "box.cuh",
+    "struct Global",
+    "origin + n * sn",
+    "origin + (int)(n * sn)",
+    "far apart",
+)
+mutant(
+    "a mask at offsets of 32 bits",
+    "box.cuh",
+    "struct Mask",
+    "where[(box.n0 + n) * sn",
+    "where[(int)((box.n0 + n) * sn)",
+    "far apart",
+)
 mutant("rows forget how their heads change", "box.cuh", "struct Shared", " + r * step_r)", ")", "rows apart")
 mutant(
     "vectors are loaded several times",
