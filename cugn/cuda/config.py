@@ -65,6 +65,10 @@ USUAL_THREADS = 256
 ONE_BLOCK_BYTES = 112 << 10
 """From this much shared memory on a multiprocessor holds one block: then it gets all the threads."""
 
+LEAST_TEAM = 4
+"""Threads that sum up a group at least, if it has as many vectors: neighbours then read neighbouring vectors, not ones
+a power of two apart, four or more of them in a bank."""
+
 LABEL_THREADS = 128
 """Threads that merge the channels of one labelled group."""
 
@@ -305,11 +309,9 @@ def _box(p: Problem, samples: int, rows: int, channels: int, columns: int) -> Bo
     groups = max(1, channels // p.D)
     elements = samples * rows * width
     most = MOST_THREADS if p.arrays == 1 and elements * p.itemsize >= ONE_BLOCK_BYTES else USUAL_THREADS
+    threads = min(most, max(32, _power_of_two(elements // p.vector // 4)))
     units = samples * groups
     group_chunks = max(1, rows * width // groups // p.vector)
-    # four vectors a thread; of groups of so few one, so that it is neighbours who read neighbouring vectors
-    vectors_of_thread = 1 if group_chunks <= 4 else 4
-    threads = min(most, max(32, _power_of_two(elements // p.vector // vectors_of_thread)))
     channel_chunks = max(1, rows * columns // (p.vector if columns % p.vector == 0 else 1))
     return Box(
         samples=samples,
@@ -325,7 +327,7 @@ def _box(p: Problem, samples: int, rows: int, channels: int, columns: int) -> Bo
         groups=groups,
         parts=row_tiles * column_tiles * parts_of_channels,
         threads=threads,
-        group_team=_team(threads, units, group_chunks),
+        group_team=_team(threads, units, group_chunks, LEAST_TEAM),
         channel_team=_team(threads, samples * channels, channel_chunks),
     )
 
@@ -463,9 +465,9 @@ def _channels_for_whole_sectors(p: Problem) -> int:
     return min(p.D, -(-FEW_ROWS_BYTES // row))
 
 
-def _team(threads: int, units: int, chunks: int) -> int:
-    """Threads for each of `units` units of `chunks` loads: a power of two."""
-    team = max(1, threads // units)
+def _team(threads: int, units: int, chunks: int, least: int = 1) -> int:
+    """Threads for each of `units` units of `chunks` loads: a power of two, `least` where there are as many loads."""
+    team = max(min(least, chunks), threads // units)
     return min(1 << (team.bit_length() - 1), _power_of_two(chunks))
 
 

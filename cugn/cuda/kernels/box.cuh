@@ -351,8 +351,13 @@ struct Place {
 // VECTOR_CHANNELS: channels that an aligned vector of the output lies in at most. 1, 2 (a channel's run is at least a
 // vector), or 16 for any number.
 constexpr int ENTRIES = VECTOR_CHANNELS < VY ? VECTOR_CHANNELS : VY;
-// 16-bit elements in float64 arithmetic (float64 weights): eight entries would be 96 registers. They are looked up one by one.
+// 16-bit elements in float64 arithmetic (float64 weights): eight entries would be 96 registers. They are looked up one by one;
+// so are the four of float32 where erfc takes the registers.
+#if REAL_IS_DOUBLE && ACTIVATION == GELU
+constexpr bool KEPT = ENTRIES <= 2;
+#else
 constexpr bool KEPT = !(REAL_IS_DOUBLE && ENTRIES > 4);
+#endif
 
 template <class Op> __device__ __forceinline__ void apply(const Op& op, const Global<y_t>& out, const Box& box) {
   typename Op::Entry entry[ENTRIES];
