@@ -159,7 +159,7 @@ def gpu_part(bandwidth: float = 3350.0) -> str:
     ]
     for (N, C, S, G, last), dtype, arrays in itertools.product(model.SHAPES, ("float32", "float16"), (1, 2)):
         launches = model.launches(model.problem_of(N, C, S, G, last, dtype, arrays), device)
-        kernels = ", ".join(f"{kernel} ({box.tiles} × {box.threads})" for _, kernel, box, _, _ in launches)
+        kernels = ", ".join(f"{kernel} ({box.tiles} × {box.threads})" for kernel, box, _, _ in launches)
         traffic = sum(bytes_each for *_, bytes_each in launches)
         time = N * C * S * traffic / bandwidth / 1e3
         lines.append(

@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, settings
 sys.path.insert(0, str(Path(__file__).parent))  # tests/conformance imports what lies here by name
 
 from libraries import LIBRARIES, Library, use_reference
-from shortfalls import SHORTFALLS
 
 
 @pytest.fixture(params=LIBRARIES)
@@ -35,11 +34,3 @@ QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_bl
 settings.register_profile("ci", max_examples=60, derandomize=True, database=None, **QUIET)
 settings.register_profile("long", max_examples=20_000, **QUIET)
 settings.load_profile(os.environ.get("CUGN_HYPOTHESIS_PROFILE", "ci"))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what is known to fall short: strictly, so that a mended one has to leave the list."""
-    for item in items:
-        for reason, tests in SHORTFALLS.items():
-            if item.nodeid in tests or item.nodeid.partition("[")[0] in tests:
-                item.add_marker(pytest.mark.xfail(reason=reason, strict=True))

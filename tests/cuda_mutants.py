@@ -180,6 +180,20 @@ def same_bits() -> None:
             assert of_all[-len(of_one) :] == of_one
 
 
+def far_apart() -> None:
+    """Samples more than 2^31 elements apart, of x and of the mask, in one block and in two."""
+    for size in (8, 4000):
+        x = inputs((2, 4, size), "float16", 3.0, 2.0)[0]
+        where = np.random.default_rng(1).random(x.shape) < 0.6
+        with emulated(mode="fast"):
+            arrays = []
+            for a in (x, where):
+                arrays.append(host_cupy.sparse(a.shape, a.dtype, (((1 << 31) + 64) * a.itemsize, *a.strides[1:])))
+                host_cupy.to_host(arrays[-1])[...] = a
+            y = host_cupy.to_host(cugn.group_norm(arrays[0], 2, where=arrays[1]))
+        check_y(y, oracle.forward(x, 2, where=where), "float16", "far apart")
+
+
 def ends_of_the_range() -> None:
     """float64 near its largest values and below its normal ones, in one block and over several, and constant."""
     with simt.using(flush_subnormals=False):
@@ -274,6 +288,15 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "backward": lambda: call((40, 24, 41), 3, backward=True),
     "backward last": lambda: call((2, 24, 37), 8, backward=True, last=True),
     "backward, statistics given": lambda: call((3, 6, 35), 3, backward=True, given=True),
+    # groups of 8 in float64, of 16 and 5 (no whole number of vectors) in the dtype's arithmetic
+    "backward, one element a channel": lambda: (
+        call((9, 64, 1), 8, backward=True),
+        call((9, 64, 1), 8, backward=True, activation="silu"),
+        call((9, 80, 1), 5, backward=True, activation="silu"),
+        call((9, 60, 1), 12, dtype="float16", backward=True),
+        call((9, 64, 1), 4, dtype="float16", backward=True),
+    ),
+    "few elements, far from zero": lambda: call((9, 24, 1), 4, mean=1e6, std=1.0),
     "backward, many samples": lambda: call((9, 2050, 1), 2, backward=True),
     "backward split": lambda: (
         call((1, 2, 9001), 1, backward=True, small=True),
@@ -306,6 +329,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "one element": one_element,
     "subnormals": lambda: call((2, 4, 90), 2, mean=0.0, std=3e-44, eps=0.0),
     "same bits": same_bits,
+    "far apart": far_apart,
 }
 
 
@@ -361,6 +385,30 @@ mutant(
     "the distance from 16 bytes is lost", "box.cuh", "elements_past_16_bytes", "% (16 / sizeof(T))", "% 1", "misaligned"
 )
 mutant("a flat box forgets its head", "box.cuh", "struct Shared", "flat ? head + s", "flat ? s", "misaligned")
+mutant(
+    "samples at offsets of 32 bits",
+    "box.cuh",
+    "struct Global",
+    "base + box.n0 * sn",
+    "base + (int)(box.n0 * sn)",
+    "far apart",
+)
+mutant(
+    "samples of a box at offsets of 32 bits",
+    "box.cuh",
+    "struct Global",
+    "origin + n * sn",
+    "origin + (int)(n * sn)",
+    "far apart",
+)
+mutant(
+    "a mask at offsets of 32 bits",
+    "box.cuh",
+    "struct Mask",
+    "where[(box.n0 + n) * sn",
+    "where[(int)((box.n0 + n) * sn)",
+    "far apart",
+)
 mutant("rows forget how their heads change", "box.cuh", "struct Shared", " + r * step_r)", ")", "rows apart")
 mutant(
     "vectors are loaded several times",
@@ -753,26 +801,84 @@ mutant(
     "no barrier before the sums",
     "backward.cu",
     "    backward(BOX_PARAMETERS",
-    "    __syncthreads();\n\n    sum_channels",
-    "    sum_channels",
+    "    __syncthreads();\n\n    const SumsOfChannels",
+    "    const SumsOfChannels",
     "backward",
 )
 mutant(
     "no barrier after the sums",
     "backward.cu",
     "    backward(BOX_PARAMETERS",
-    "work.sums);\n    __syncthreads();",
+    "work.sums);\n  __syncthreads();",
     "work.sums);",
     "backward",
 )
-mutant("no barrier before dx", "backward.cu", "work.totals.set(c, total);", "__syncthreads();", "", "backward")
+mutant(
+    "no barrier before dx", "backward.cu", "set_coefficients(coefficients_of(sum", "__syncthreads();", "", "backward"
+)
 mutant(
     "sums of the last sample only",
     "backward.cu",
     "    backward(BOX_PARAMETERS",
-    "if (i) total = work.totals.at(c);",
+    "if (i) total[k] = work.totals.at(c + k);",
     "",
     "backward, many samples",
+)
+mutant(
+    "centres change while they are read",
+    "backward.cu",
+    "    backward(BOX_PARAMETERS",
+    "__syncthreads();  // the centres",
+    "// the centres",
+    "backward, one element a channel",
+)
+mutant(
+    "a centre changes before its team has read it",
+    "backward.cu",
+    "    backward(BOX_PARAMETERS",
+    "__syncwarp();",
+    "",
+    "backward, one element a channel",
+)
+mutant(
+    "vectors across groups",
+    "backward.cu",
+    "    backward(BOX_PARAMETERS",
+    "if (box.group_channels % VX == 0)",
+    "if (true)",
+    "backward, one element a channel",
+)
+mutant(
+    "no slope at single elements",
+    "backward.cu",
+    "struct SumsOfChannels",
+    "to_real<X_DTYPE>(vs.element[k]) * bend",
+    "to_real<X_DTYPE>(vs.element[k])",
+    "backward, one element a channel",
+)
+mutant(
+    "no exact slope at single elements",
+    "backward.cu",
+    "struct SumsOfChannels",
+    "exact_slope(x_hat, tables.scale(c))",
+    "1",
+    "backward, one element a channel",
+)
+mutant(
+    "single elements of the wrong group",
+    "backward.cu",
+    "struct SumsOfChannels",
+    "n * box.groups + by_group.quotient(c)",
+    "by_group.quotient(c)",
+    "backward, one element a channel",
+)
+mutant(
+    "few elements about a rounded mean",
+    "moments.cuh",
+    "Moments moments_of",
+    "few ? average : (double)estimate",
+    "estimate",
+    "few elements, far from zero",
 )
 mutant(
     "blocks share their partial sums",
@@ -837,7 +943,7 @@ mutant(
     "sums stay in the box's units",
     "backward.cu",
     "    backward_sums(BOX_PARAMETERS",
-    "sum.b / work.statistics.rstd(c / box.group_channels)",
+    "sum.b / tables.statistic(c / box.group_channels).rstd",
     "sum.b",
     "backward split",
 )
@@ -874,8 +980,8 @@ mutant(
     "backward labels",
 )
 mutant("no barrier before rows are added", "backward.cu", "void add_rows", "__syncthreads();", "", "backward")
-mutant("a row in eight is left out", "backward.cu", "void add_rows", "other < 8", "other < 7", "backward")
-mutant("rows overlap", "backward.cu", "void add_rows", "r += 8", "r += 7", "backward")
+mutant("a row in eight is left out", "backward.cu", "void add_rows", "other < parts", "other < parts - 1", "backward")
+mutant("rows overlap", "backward.cu", "void add_rows", "r += parts", "r += parts - 1", "backward")
 mutant(
     "channels that are not there",
     "backward.cu",

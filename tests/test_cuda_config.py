@@ -66,7 +66,7 @@ def boxes(p: Problem, device: Device) -> list[tuple[str, Box, int]]:
     resident = config.resident_box(p, device)
     if p.arrays == 2:
         found = [
-            ("split", split, config.backward_bytes(split, p)),
+            ("split", split, config.backward_sums_bytes(split, p)),
             ("again", again, config.backward_apply_bytes(again, p)),
         ]
         return found + ([("resident", resident, config.backward_bytes(resident, p))] if resident else [])

@@ -13,7 +13,7 @@ from cugn.cuda import __main__ as table
 from cugn.cuda.compile import Specialisation
 from cugn.cuda.config import Device
 
-SPECIALISATION = Specialisation("forward", "float32", "float32", None, False, 1, False, False)
+SPECIALISATION = Specialisation("forward")
 
 
 @pytest.mark.parametrize(

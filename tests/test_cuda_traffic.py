@@ -63,6 +63,7 @@ SPLIT = [
     Case(1, 32, 16_384, 4, True),
     Case(1, 64, 9_604, 32, True),
     Case(1, 48, 10_000, 16, True),
+    Case(1, 32, 30_000, 32, True),  # 1 channel a group
 ]
 
 

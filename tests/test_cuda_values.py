@@ -229,6 +229,44 @@ def test_both_sides_of_the_largest_resident_group(dtype: str, last: bool, fast: 
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_both_sides_of_every_threshold(dtype: str, last: bool, fast: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one element to the largest resident group: where config.py chooses otherwise, the sizes before and after."""
+    chosen: list[tuple[Any, ...]] = []
+
+    def choice(self: Any, grid: Any, block: Any, args: Any, **_: Any) -> None:
+        if self.name in ("forward", "backward"):
+            _, _, _, _, _, samples, _, channels, *_, flat = args[:14]
+            teams = args[14:17] if self.name == "backward" else args[14:15]
+            chosen.append((self.name, block, int(samples), int(channels), int(flat), *map(int, teams)))
+
+    def choices(size: int) -> tuple[Any, ...]:
+        chosen.clear()
+        shape = (5, size, 6) if last else (5, 6, size)
+        x = host_cupy.sparse(shape, dtype_of(dtype), tuple(np.empty(shape, dtype_of(dtype)).strides))
+        axis = {"channel_axis": -1 if last else 1}
+        with monkeypatch.context() as patch:
+            patch.setattr(simt.Kernel, "__call__", choice)
+            cugn.group_norm(x, 3, **axis)
+            cugn.group_norm_backward(x, x, 3, **axis)
+        return tuple(chosen)
+
+    sizes = [*range(1, 64), *(int(64 * 1.04**k) for k in range(1, 180))]
+    found = [choices(size) for size in sizes]
+    beside = set()
+    for low, high, before, after in zip(sizes, sizes[1:], found, found[1:], strict=False):
+        if before == after:
+            continue
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if choices(middle) == before else (low, middle)
+        beside |= {low, high}
+    assert len(beside) > 12
+    for size in sorted(beside):
+        check_call(fast, random((5, 6, size), dtype), 3, last)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize(("shape", "groups"), [((1, 4, 90_000), 1), ((1, 6, 70_001), 3), ((2, 64, 4_000), 2)], ids=str)
 def test_large_groups(shape: tuple[int, ...], groups: int, dtype: str, last: bool, fast: Library) -> None:
@@ -421,24 +459,39 @@ def test_in_place(dtype: str, last: bool, size: int, checked: Library) -> None:
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
-def test_offsets_beyond_2_to_the_31(last: bool, fast: Library) -> None:
-    """Samples, and rows, more than 2^31 elements apart."""
+@pytest.mark.parametrize("size", [4, 70_000], ids=["resident", "split"])
+def test_offsets_beyond_2_to_the_31(size: int, last: bool, fast: Library) -> None:
+    """Samples more than 2^31 elements apart, of x, dy, the mask and every output, and rows of channels."""
     apart = (1 << 31) + 64
-    shape = (2, 8, 4) if not last else (2, 4, 8)
-    inner = (4, 1) if not last else (8, 1)
-    x, _, weight, bias = random((2, 8, 4), "float16")
-    expected = oracle.forward(x, 2, weight, bias)
+    turn = channels_last if last else np.asarray
+    back = (lambda a: np.moveaxis(fast.numpy(a), -1, 1)) if last else fast.numpy
+    x, dy, weight, bias = random((2, 8, size), "float16")
+    where = np.random.default_rng(1).random(x.shape) < 0.7
+
+    def far(a: np.ndarray) -> Any:
+        a = turn(a)
+        array = host_cupy.sparse(a.shape, a.dtype, (apart * a.itemsize, *a.strides[1:]))
+        fast.numpy(array)[...] = a
+        return array
+
+    X, DY, OUT, WHERE = far(x), far(dy), far(0 * x), far(where)
     W, B = fast.array(weight), fast.array(bias)
-    axis = {"channel_axis": -1 if last else 1}
-    X = host_cupy.sparse(shape, np.float16, (2 * apart, *(2 * s for s in inner)))
-    fast.numpy(X)[...] = channels_last(x) if last else x
-    for out in (None, host_cupy.sparse(shape, np.float16, X.strides)):
-        y = fast.numpy(cugn.group_norm(X, 2, W, B, out=out, **axis))
-        check_y(np.moveaxis(y, -1, 1) if last else y, expected, "float16", "samples apart")
-    if last:  # rows of channels: (1, 2, 8) with the second row far away
+    options: dict[str, Any] = {"channel_axis": -1 if last else 1}
+    for masks in ({}, {"where": where}):
+        device = {**options, **({"where": WHERE} if masks else {})}
+        expected = oracle.forward(x, 2, weight, bias, **masks)
+        for out in (None, OUT):
+            y = cugn.group_norm(X, 2, W, B, out=out, **device)
+            check_y(back(y), expected, "float16", f"{out is None}, {bool(masks)}")
+        found = cugn.group_norm_backward(DY, X, 2, W, B, out=OUT, **device)
+        found = cugn.GroupNormGrads(back(found.dx), fast.numpy(found.dweight), fast.numpy(found.dbias))
+        check_gradients(found, oracle.backward(dy, x, 2, weight, bias, **masks), "float16", f"{bool(masks)}")
+    moments = cugn.moments(X, 2, **options)
+    np.testing.assert_allclose(fast.numpy(moments.mean), x.reshape(2, 2, -1).mean(-1, dtype=np.float64), rtol=1e-12)
+    if last and size == 4:  # the second row far away
         rows = host_cupy.sparse((1, 2, 8), np.float16, (4 * apart, 2 * apart, 2))
         fast.numpy(rows)[...] = channels_last(x[:1, :, :2])
-        y = fast.numpy(cugn.group_norm(rows, 2, W, B, **axis))
+        y = fast.numpy(cugn.group_norm(rows, 2, W, B, **options))
         check_y(np.moveaxis(y, -1, 1), oracle.forward(x[:1, :, :2], 2, weight, bias), "float16", "rows apart")
 
 

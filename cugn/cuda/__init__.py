@@ -61,7 +61,6 @@ def forward(plan: Plan, x: Array, weight: Array, bias: Array, where: Array, out:
         if box is not None:
             call.launch(
                 "forward",
-                "forward",
                 box,
                 (*_ints(box.group_team), *call.array("x"), *call.parameter(weight), *call.parameter(bias)),
                 (np.float64(plan.eps), *call.array("y"), mean, rstd, *call.where),
@@ -285,11 +284,12 @@ def _added(plan: Plan, partial: Array) -> Array:
 
 def _add_rows(plan: Plan, partial: Array, dweight: Array, dbias: Array, dtype: int, step: int) -> None:
     rows, channels = partial.shape[:2]
-    kernel(Specialisation("backward", plan.x_dtype, plan.y_dtype), "parameter_gradients", 0)(
+    threads = 32 * min(8, -(-rows // 8))
+    kernel(Specialisation.of("parameter_gradients"), 0)(
         (-(-channels // 32),),
-        (256,),
+        (threads,),
         (partial, *_ints(partial.dtype == np.float64, rows, channels), dweight, dbias, *_ints(dtype, step)),
-        shared_mem=16 * 256,
+        shared_mem=16 * threads,
     )
 
 
@@ -395,23 +395,24 @@ class _Call:
             *_ints(box.row_tiles, box.channel_tiles, box.column_tiles, box.pitch, box.flat),
         )
 
-    def specialisation(self, file: str) -> Specialisation:
-        """Options of the kernels of this call."""
+    def kernel(self, name: str, shared: int = 0) -> Any:
+        """A kernel under the options of this call."""
         plan = self.plan
-        return Specialisation(
-            file,
-            plan.x_dtype,
-            plan.y_dtype,
-            plan.activation,
-            plan.masked,
-            self.vector_channels(),
-            self.problem.tangent and file != "forward",
-            self.problem.real == 8,
+        specialisation = Specialisation.of(
+            name,
+            x_dtype=plan.x_dtype,
+            y_dtype=plan.y_dtype,
+            activation=plan.activation,
+            masked=plan.masked,
+            vector_channels=self.vector_channels(),
+            single=self.problem.single,
+            tangent=self.problem.tangent,
+            double=self.problem.real == 8,
         )
+        return kernel(specialisation, shared)
 
     def launch(
         self,
-        file: str,
         name: str,
         box: Box,
         before: tuple[Any, ...],
@@ -420,7 +421,7 @@ class _Call:
         blocks: int | None = None,
     ) -> None:
         """One block for each box, unless `blocks` says otherwise."""
-        kernel(self.specialisation(file), name, shared)(
+        self.kernel(name, shared)(
             (box.tiles if blocks is None else blocks,),
             (box.threads,),
             (*self.box_arguments(box), *before, *after),
@@ -441,7 +442,6 @@ class _Call:
         sums = config.channel_sums(p, box)
         partial = cupy.empty((sums.rows, p.C, 2), np.float64 if p.real == 8 else np.float32)
         self.launch(
-            "backward",
             "backward",
             box,
             (*_ints(sums.repeat, box.group_team, box.channel_team), *arrays, *parameters, *tangents),
@@ -477,16 +477,15 @@ class _Call:
         moments = cupy.empty((p.N, box.parts, p.G, config.part_values(p.real)), np.float64)
         sums = cupy.empty((p.N, box.spatial_parts, p.C, 2), np.float64)
         self.launch(
-            "backward",
             "backward_sums",
             box,
             (*_ints(box.group_team, box.channel_team), *arrays, *parameters),
             (planes, np.int32(known), np.int32(plan.G), *self.labels(), moments, sums, *self.where),
-            config.backward_bytes(box, p),
+            config.backward_sums_bytes(box, p),
         )
         channel_sums = cupy.empty((p.N, p.C, 2), np.float64)
         threads, team = config.merge_channel_threads(p.D, box.spatial_parts, plan.labels is not None)
-        kernel(self.specialisation("backward"), "merge_backward", 0)(
+        self.kernel("merge_backward")(
             (p.N * plan.G,),
             (threads,),
             (
@@ -499,7 +498,6 @@ class _Call:
         )
         box = config.apply_box(p, box)
         self.launch(
-            "backward",
             "backward_apply",
             box,
             (*arrays, *parameters, *tangents),
@@ -531,13 +529,11 @@ class _Call:
         shared = config.second_bytes(box, p)
         of_groups = (planes, np.int32(plan.G), *self.labels())
         before = (*arrays, *parameters, *of_groups)
-        self.launch(
-            *("double_backward", "second_sums", box, (*_ints(box.channel_team), *before), (sums, *self.where), shared)
-        )
+        self.launch("second_sums", box, (*_ints(box.channel_team), *before), (sums, *self.where), shared)
         channel_sums = cupy.empty((p.N, p.C, sums_of_channel), np.float64)
         partial = cupy.empty((p.N, p.C, 2), np.float64)
         threads, team = config.merge_channel_threads(p.D, box.spatial_parts, plan.labels is not None)
-        kernel(self.specialisation("double_backward"), "merge_second", 0)(
+        self.kernel("merge_second")(
             (p.N * plan.G,),
             (threads,),
             (
@@ -547,7 +543,7 @@ class _Call:
             shared_mem=8 * config.SCRATCH_DOUBLES,
         )
         outputs = (*self.array("y"), gx[0], np.int64(gx[1]), np.int64(gx[2]))
-        self.launch("double_backward", "second_apply", box, before, (*outputs, *self.where), shared)
+        self.launch("second_apply", box, before, (*outputs, *self.where), shared)
         return gx[0], partial
 
     def merged_moments(
@@ -568,7 +564,7 @@ class _Call:
         part = config.part_values(p.real)
         partial = cupy.empty((p.N, box.parts, p.G, part), np.float64)
         shared = config.moments_bytes(box, p)
-        self.launch("forward", "moments", box, _ints(box.group_team), (*self.array("x"), partial, *self.where), shared)
+        self.launch("moments", box, _ints(box.group_team), (*self.array("x"), partial, *self.where), shared)
         threads, team = config.merge_threads(box.parts)
         groups = p.N * p.G
         results = (
@@ -577,7 +573,7 @@ class _Call:
             *(partial if a is None else a for a in (mean, rstd, m2, count, planes)),
         )
         channels = cupy.empty((p.N, p.C, part), np.float64) if plan.labels is not None else None
-        kernel(self.specialisation("forward"), "merge_moments", 0)(
+        self.kernel("merge_moments")(
             (-(-groups * team // threads),),
             (threads,),
             (
@@ -587,7 +583,7 @@ class _Call:
             shared_mem=8 * config.SCRATCH_DOUBLES,
         )
         if channels is not None:
-            kernel(self.specialisation("forward"), "merge_labels", 0)(
+            self.kernel("merge_labels")(
                 (p.N * plan.G,),
                 (config.LABEL_THREADS,),
                 (channels, *_ints(p.C, plan.G), *self.grouping(), *results),
@@ -598,7 +594,6 @@ class _Call:
         """y under the statistics in `planes`, or under a mean and rstd that the caller gave."""
         box = config.apply_box(self.problem, config.split_box(self.problem, self.device))
         self.launch(
-            "forward",
             "apply_statistics",
             box,
             (*self.array("x"), mean, rstd, mean if planes is None else planes, *_ints(planes is not None)),

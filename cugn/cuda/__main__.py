@@ -58,19 +58,16 @@ def compiled(specialisation: Specialisation, architecture: int) -> bytes:
         nvrtc.destroyProgram(program)
 
 
-def usage(code: bytes) -> dict[str, Usage]:
-    """Registers and local memory of each kernel of a module, by cuobjdump."""
+def usage(code: bytes) -> Usage:
+    """Registers and local memory of a module's kernel, by cuobjdump."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
         file.flush()
         shown = subprocess.run(
             [cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    found = {}
-    for name, text in re.findall(r"Function (\w+):\s*\n\s*(.*)", shown):
-        values = {key: int(value) for key, value in re.findall(r"(\w+)(?:\[0\])?:(\d+)", text)}
-        found[name] = Usage(values["REG"], values["STACK"] + values["LOCAL"])
-    return found
+    values = {key: int(value) for key, value in re.findall(r"(\w+)(?:\[0\])?:(\d+)", shown.split("Function", 1)[1])}
+    return Usage(values["REG"], values["STACK"] + values["LOCAL"])
 
 
 def cuobjdump() -> str:
@@ -91,26 +88,26 @@ def blocks_per_multiprocessor(architecture: int, threads: int, registers: int, s
     return min(by_registers, by_shared, most_threads // threads, 32 if architecture in (80, 90, 100) else 16)
 
 
-def launches(problem: Problem, device: Device) -> list[tuple[str, str, Box, int, float]]:
-    """(file, kernel, box, shared memory, bytes of global memory for each element) of a call, merges left out."""
+def launches(problem: Problem, device: Device) -> list[tuple[str, Box, int, float]]:
+    """(kernel, box, shared memory, bytes of global memory for each element) of a call, merges left out."""
     p, item = problem, problem.itemsize
     resident = config.resident_box(p, device)
     if p.arrays == 2:
         if resident is not None:
-            return [("backward", "backward", resident, config.backward_bytes(resident, p), 3 * item)]
+            return [("backward", resident, config.backward_bytes(resident, p), 3 * item)]
         box = config.split_box(p, device)
         again = config.apply_box(p, box)
         return [
-            ("backward", "backward_sums", box, config.backward_bytes(box, p), 2 * item),
-            ("backward", "backward_apply", again, config.backward_apply_bytes(again, p), 3 * item),
+            ("backward_sums", box, config.backward_sums_bytes(box, p), 2 * item),
+            ("backward_apply", again, config.backward_apply_bytes(again, p), 3 * item),
         ]
     if resident is not None:
-        return [("forward", "forward", resident, config.forward_bytes(resident, p), 2 * item)]
+        return [("forward", resident, config.forward_bytes(resident, p), 2 * item)]
     box = config.split_box(p, device)
     again = config.apply_box(p, box)
     return [
-        ("forward", "moments", box, config.moments_bytes(box, p), item),
-        ("forward", "apply_statistics", again, config.apply_bytes(again, p), 2 * item),
+        ("moments", box, config.moments_bytes(box, p), item),
+        ("apply_statistics", again, config.apply_bytes(again, p), 2 * item),
     ]
 
 
@@ -141,18 +138,19 @@ def table(architectures: list[int], dtypes: list[str], bandwidth: float) -> list
     rows = []
     for architecture in architectures:
         device = Device(ARCHITECTURES[architecture][0] << 10)
-        found: dict[Specialisation, dict[str, Usage]] = {}
+        found: dict[Specialisation, Usage] = {}
         for dtype in dtypes:
             for *sizes, last in SHAPES:
                 for arrays in (1, 2):
                     N, C, S, G = sizes
                     problem = problem_of(N, C, S, G, last, dtype, arrays)
                     same = 1 if problem.inner % (16 // problem.itemsize) == 0 else 2 if problem.inner > 1 else 16
-                    for file, name, box, shared, bytes_each in launches(problem, device):
-                        module = Specialisation(file, dtype, dtype, None, False, same, False, dtype == "float64")
+                    for name, box, shared, bytes_each in launches(problem, device):
+                        given = {"x_dtype": dtype, "y_dtype": dtype, "double": dtype == "float64"}
+                        module = Specialisation.of(name, **given, vector_channels=same, single=problem.single)
                         if module not in found:
                             found[module] = usage(compiled(module, architecture))
-                        kernel = found[module][name]
+                        kernel = found[module]
                         blocks = blocks_per_multiprocessor(architecture, box.threads, kernel.registers, shared)
                         rows.append(
                             {

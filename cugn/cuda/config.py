@@ -65,6 +65,10 @@ USUAL_THREADS = 256
 ONE_BLOCK_BYTES = 112 << 10
 """From this much shared memory on a multiprocessor holds one block: then it gets all the threads."""
 
+LEAST_TEAM = 4
+"""Threads that sum up a group at least, if it has as many vectors: neighbours then read neighbouring vectors, not ones
+a power of two apart, four or more of them in a bank."""
+
 LABEL_THREADS = 128
 """Threads that merge the channels of one labelled group."""
 
@@ -126,6 +130,11 @@ class Problem:
     def elements_per_group(self) -> int:
         """M = D * S."""
         return self.outer * self.D * self.inner
+
+    @property
+    def single(self) -> bool:
+        """Whether a channel of a sample has one element."""
+        return self.outer == self.inner == 1
 
     @property
     def vector(self) -> int:
@@ -190,11 +199,11 @@ class Box:
         return _round_up(self.elements, 16) if masked else 0
 
     def tables_bytes(self, real: int, tangent: bool, coefficients: int) -> int:
-        """Statistics of the groups, and what is looked up for groups and channels: as `Statistics` and `Tables`."""
-        of_group = 4 if real == 8 else 3
+        """What is looked up for groups and channels: as `Tables` in the kernels."""
+        exact, of_group = (0, 4) if real == 8 else (2 + coefficients, 3)
         looked_up = (of_group + coefficients) * spread(self.units, real)
         looked_up += (4 if tangent else 2) * spread(self.channels, real)
-        return _round_up(8 * of_group * self.units + real * looked_up, 16)
+        return _round_up(8 * exact * self.units + real * looked_up, 16)
 
 
 @lru_cache(maxsize=1024)
@@ -223,7 +232,7 @@ def split_box(problem: Problem, device: Device) -> Box:
     """Box of a part of a group, or of parts of neighbouring groups."""
     budget = min(SPLIT_BOX_BYTES, device.shared_per_block - RESERVED_SHARED)
     elements = max(problem.vector, budget // (problem.arrays * (problem.itemsize + problem.masked)))
-    bytes_of = {1: (moments_bytes, apply_bytes), 2: (backward_bytes,), 3: (second_bytes,)}[problem.arrays]
+    bytes_of = {1: (moments_bytes, apply_bytes), 2: (backward_sums_bytes,), 3: (second_bytes,)}[problem.arrays]
 
     def most(box: Box) -> int:
         return max(of(box, problem) for of in bytes_of)
@@ -318,7 +327,7 @@ def _box(p: Problem, samples: int, rows: int, channels: int, columns: int) -> Bo
         groups=groups,
         parts=row_tiles * column_tiles * parts_of_channels,
         threads=threads,
-        group_team=_team(threads, units, group_chunks),
+        group_team=_team(threads, units, group_chunks, LEAST_TEAM),
         channel_team=_team(threads, samples * channels, channel_chunks),
     )
 
@@ -399,14 +408,24 @@ def forward_bytes(box: Box, p: Problem) -> int:
 
 
 def backward_bytes(box: Box, p: Problem) -> int:
-    """Dynamic shared memory of `backward` and `backward_sums`: as `Work` in the kernels."""
+    """Dynamic shared memory of `backward`: as `Work` in the kernels."""
+    kept = 0 if p.single else box.samples * box.channels
+    return _backward_bytes(box, p, kept) + 2 * box.array_bytes(p.itemsize)
+
+
+def backward_sums_bytes(box: Box, p: Problem) -> int:
+    """Dynamic shared memory of `backward_sums`."""
     return backward_apply_bytes(box, p) + 2 * box.array_bytes(p.itemsize)
 
 
 def backward_apply_bytes(box: Box, p: Problem) -> int:
     """Dynamic shared memory of `backward_apply`."""
-    doubles = SCRATCH_DOUBLES + 3 * box.units
-    doubles += 2 * spread(box.samples * box.channels, 8) + 2 * spread(box.channels, 8)
+    return _backward_bytes(box, p, box.channels)
+
+
+def _backward_bytes(box: Box, p: Problem, kept: int) -> int:
+    """All but the arrays, with `kept` sums of channels."""
+    doubles = SCRATCH_DOUBLES + box.units + 2 * spread(kept, 8) + 2 * spread(box.channels, 8)
     return _round_up(8 * doubles + box.tables_bytes(p.real, p.tangent, 2), 16) + box.mask_bytes(p.masked)
 
 
@@ -446,9 +465,9 @@ def _channels_for_whole_sectors(p: Problem) -> int:
     return min(p.D, -(-FEW_ROWS_BYTES // row))
 
 
-def _team(threads: int, units: int, chunks: int) -> int:
-    """Threads for each of `units` units of `chunks` loads: a power of two."""
-    team = max(1, threads // units)
+def _team(threads: int, units: int, chunks: int, least: int = 1) -> int:
+    """Threads for each of `units` units of `chunks` loads: a power of two, `least` where there are as many loads."""
+    team = max(min(least, chunks), threads // units)
     return min(1 << (team.bit_length() - 1), _power_of_two(chunks))
 
 

@@ -90,7 +90,7 @@ def copy(source: Array, target: Array) -> None:
     name, how = "copy_elements", [np.int32(source.itemsize)]
     if source.dtype != target.dtype:
         name, how = "convert_elements", [np.int32(DTYPES[name_of(a.dtype)]) for a in (source, target)]
-    function = kernel(Specialisation("copy", "float32", "float32"), name, 0)
+    function = kernel(Specialisation.of(name), 0)
     function((-(-source.size // THREADS),), (THREADS,), (source, target, *how, *values))
 
 

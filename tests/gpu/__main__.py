@@ -45,7 +45,7 @@ def _machine() -> dict[str, str]:
         for i in range(cupy.cuda.runtime.getDeviceCount()):
             found[f"device {i}"] = cupy.cuda.runtime.getDeviceProperties(i)["name"].decode()
     except Exception as error:  # the report says what is missing
-        found["cupy"] = repr(error)
+        found["no device"] = repr(error)
     return found
 
 

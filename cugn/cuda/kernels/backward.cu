@@ -12,10 +12,24 @@
 // Accumulators: float32 over SHORT_RUN elements, float64 beyond (float64 arrays: float64 throughout).
 // Requires: as forward.cu; dx may be the memory of x or dy where it has the same strides.
 //
-// Options: X_DTYPE (= Y_DTYPE), ACTIVATION, MASKED, VECTOR_CHANNELS, TANGENT.
+// Options: X_DTYPE (= Y_DTYPE), ACTIVATION, MASKED, VECTOR_CHANNELS, TANGENT; SINGLE, for `backward` where S = 1.
 
 #define PARAMETER_ARGUMENTS \
   {weight, bias, tweight, tbias, weight_dtype, bias_dtype, tweight_dtype, tbias_dtype}
+
+// Whether an activation's slope comes in, and so the bias.
+constexpr bool BENT = ACTIVATION != IDENTITY;
+
+// Whether a channel is in the range of the arithmetic of the elements, or else goes to float64: x_hat and the slope there.
+__device__ __forceinline__ bool in_reals(const Scale& scale) {
+  return REAL_IS_DOUBLE || TANGENT || !BENT || in_range(scale.weight, true) == scale.weight;
+}
+__device__ __forceinline__ double exact_x_hat(const Statistic& group, x_t x) {
+  return ((to_double<X_DTYPE>(x) - group.mean) - group.low) * group.rstd;
+}
+__device__ __forceinline__ double exact_slope(double x_hat, const Scale& scale) {
+  return (double)slope((real)fma(x_hat, exactly(scale.weight), exactly(scale.bias)));
+}
 
 // A channel of a sample. The slope is taken at centred(x) * bend + shift.
 struct Entries {
@@ -26,8 +40,6 @@ struct Entries {
 template <class FromX, class FromV> struct Gradient {
   const FromX x;
   const FromV v;
-  const Statistics statistics;
-  const double *along, *offset;  // of the groups in the box, on x_hat
   const Tables tables;
   const Mask mask;
   const Box& box;
@@ -38,8 +50,9 @@ template <class FromX, class FromV> struct Gradient {
     Centre centre;
     Coefficient coefficient;
   };
-  struct Exact {
-    double mean, low, rstd, weight, bias, along, offset, tweight, tbias;
+  struct ExactGroup {
+    Statistic statistic;
+    ExactCoefficient coefficient;
   };
   struct Input {
     const x_t* x;
@@ -57,7 +70,7 @@ template <class FromX, class FromV> struct Gradient {
   __device__ __forceinline__ Entries entry(const Group& group, int c) const {
     const Centre& centre = group.centre;
     const Coefficient& coefficient = group.coefficient;
-    const Scale scale = tables.scale(c);
+    const Scale scale = tables.scale(c, BENT);
     const real bend = scale.times(centre.rstd);
     Entries e = {centre.high, centre.low, centre.unit, centre.rstd,       REAL_IS_DOUBLE ? bend * centre.unit : bend,
                  bend,        scale.bias, coefficient.along, coefficient.offset};
@@ -69,16 +82,8 @@ template <class FromX, class FromV> struct Gradient {
   }
   __device__ __forceinline__ bool slow(const Entries& e) const { return !REAL_IS_DOUBLE && e.scale != e.scale; }
 
-  __device__ __forceinline__ Exact exact_entry(int n, int c) const {
-    const int u = unit(n, c);
-    const Scale scale = tables.scale(c);
-    Exact e = {statistics.mean(u), statistics.low(u), statistics.rstd(u), exactly(scale.weight), exactly(scale.bias),
-               along[u],           offset[u],         0,                  0};
-#if TANGENT
-    e.tweight = exactly(scale.tweight);
-    e.tbias = exactly(scale.tbias);
-#endif
-    return e;
+  __device__ __forceinline__ ExactGroup exact_group(int u) const {
+    return {tables.statistic(u), tables.exact_coefficient(u)};
   }
 
   __device__ __forceinline__ Input input(int n, int r) const { return {x.row(n, r), v.row(n, r)}; }
@@ -100,15 +105,16 @@ template <class FromX, class FromV> struct Gradient {
     return fma(e.scale, dz, values.used[k] ? along : (real)0);
 #endif
   }
-  template <int K> __device__ __forceinline__ double exact(const Exact& e, const Values<K>& values, int k) const {
-    const double v = to_double<X_DTYPE>(values.v.element[k]);
-    const double x_hat = ((to_double<X_DTYPE>(values.x.element[k]) - e.mean) - e.low) * e.rstd;
-    const double bend = ACTIVATION == IDENTITY ? 1 : (double)slope((real)fma(x_hat, e.weight, e.bias));
-    const double from_group = fma(e.along, x_hat, e.offset);
+  template <int K>
+  __device__ __forceinline__ double exact(const ExactGroup& g, int c, const Values<K>& values, int k) const {
+    const Scale scale = tables.scale(c, BENT);
+    const double v = to_double<X_DTYPE>(values.v.element[k]), w = exactly(scale.weight), rstd = g.statistic.rstd;
+    const double x_hat = exact_x_hat(g.statistic, values.x.element[k]), bend = BENT ? exact_slope(x_hat, scale) : 1;
+    const double from_group = fma(g.coefficient.along, x_hat, g.coefficient.offset);
 #if TANGENT
-    return fma(e.weight, fma(e.rstd, v, from_group), fma(e.tweight, x_hat, e.tbias)) * bend;
+    return fma(w, fma(rstd, v, from_group), fma(exactly(scale.tweight), x_hat, exactly(scale.tbias))) * bend;
 #else
-    return fma(e.rstd * e.weight, v * bend, values.used[k] ? from_group : 0);
+    return fma(rstd * w, v * bend, values.used[k] ? from_group : 0);
 #endif
   }
 };
@@ -126,9 +132,9 @@ struct ChannelSums {
 };
 
 // Sums over each channel c of each sample n in the box, to sums[n nc + c], by teams; v = dz, or tx where it is used. x_hat is
-// about the statistics in shared memory, whatever they are.
+// about the statistics in the tables, whatever they are.
 __device__ __forceinline__ void sum_channels(const Shared<x_t>& x, const Shared<x_t>& dy, const Mask& mask, const Box& box,
-                                             int team, const Statistics& statistics, const Tables& tables, double* scratch,
+                                             int team, const Tables& tables, double* scratch,
                                              const ChannelSums& sums) {
   const int units = box.ns * box.nc, teams = blockDim.x / team, lane = threadIdx.x & (team - 1);
   const Divisor by_channels(box.nc), by_group(box.group_channels);
@@ -139,8 +145,8 @@ __device__ __forceinline__ void sum_channels(const Shared<x_t>& x, const Shared<
     if (rows) {
       const int u = n * box.groups + by_group.quotient(c);
       const Centre centre = tables.centre(u);
-      const Scale scale = tables.scale(c);
-      if (REAL_IS_DOUBLE || (centre.rstd == centre.rstd && (ACTIVATION == IDENTITY || in_range(scale.weight, true) == scale.weight))) {
+      const Scale scale = BENT && !TANGENT ? tables.scale(c) : Scale();
+      if (tables.in_reals(u) && in_reals(scale)) {
         real run_v = 0, run_v_x_hat = 0;
         walk(rows, box.ncol, lane, team,
              [&](auto width, int r, int i) {
@@ -168,12 +174,11 @@ __device__ __forceinline__ void sum_channels(const Shared<x_t>& x, const Shared<
                run_v = run_v_x_hat = 0;
              });
       } else {
-        const double mean = statistics.mean(u), low = statistics.low(u), rstd = statistics.rstd(u);
-        const double w = exactly(scale.weight), b = exactly(scale.bias);
+        const Statistic statistic = tables.statistic(u);
         walk_slowly(rows, box.ncol, lane, team, [&](int r, int i) {
-          const double x_hat = ((to_double<X_DTYPE>(x.data[x.index(n, r, q0 + i)]) - mean) - low) * rstd;
+          const double x_hat = exact_x_hat(statistic, x.data[x.index(n, r, q0 + i)]);
           double v = to_double<X_DTYPE>(dy.data[dy.index(n, r, q0 + i)]);
-          if (!TANGENT && ACTIVATION != IDENTITY) v *= (double)slope((real)fma(x_hat, w, b));
+          if (!TANGENT && BENT) v *= exact_slope(x_hat, scale);
           if (!TANGENT || mask.at(n, r, q0 + i)) {
             sum_v += v;
             sum_v_x_hat = fma(v, x_hat, sum_v_x_hat);
@@ -186,22 +191,68 @@ __device__ __forceinline__ void sum_channels(const Shared<x_t>& x, const Shared<
   }
 }
 
-// Coefficients of a group from the sums of v and v x_hat over it.
-struct GroupCoefficients {
-  double along, offset;
+// Sums of v and v x_hat of each channel of each sample in the box: as sum_channels left them; or, under SINGLE, of the one
+// element of the channel, which costs less than to keep them: a third of the accesses of shared memory.
+struct SumsOfChannels {
+  const Shared<x_t>&x, &v;
+  const Mask& mask;
+  const Box& box;
+  const Tables& tables;
+  const ChannelSums& sums;
+  const Divisor by_group;
+
+  // Of channels c, ..., c + K - 1 of sample n, which are of one group where K > 1.
+  template <int K> __device__ __forceinline__ void at(int n, int c, Pair (&sum)[K]) const {
+#if !SINGLE
+#pragma unroll
+    for (int k = 0; k < K; ++k) sum[k] = sums.at(n * box.nc + c + k);
+#else
+    const int u = n * box.groups + by_group.quotient(c), at = x.index(n, 0, c), v_at = v.index(n, 0, c);
+    const Pack<x_t, K> xs = load_pack<x_t, K>(x.data + at, at % K == 0), vs = load_pack<x_t, K>(v.data + v_at, v_at % K == 0);
+    if (!tables.in_reals(u)) {
+      const Statistic statistic = tables.statistic(u);
+#pragma unroll
+      for (int k = 0; k < K; ++k) sum[k] = exactly_of(statistic, n, c + k, xs.element[k], vs.element[k]);
+      return;
+    }
+    const Centre centre = tables.centre(u);
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const Scale scale = BENT && !TANGENT ? tables.scale(c + k) : Scale();
+      if (in_reals(scale)) {
+        const real x_hat = centred(centre, to_real<X_DTYPE>(xs.element[k])) * centre.rstd;
+        const real bend = BENT && !TANGENT ? slope(fma(x_hat, scale.weight, scale.bias)) : (real)1;
+        sum[k] = of(n, c + k, to_real<X_DTYPE>(vs.element[k]) * bend, x_hat);
+      } else {
+        sum[k] = exactly_of(tables.statistic(u), n, c + k, xs.element[k], vs.element[k]);
+      }
+    }
+#endif
+  }
+  __device__ __forceinline__ Pair of(int n, int c, double value, double x_hat) const {
+    const bool used = !TANGENT || mask.at(n, 0, c);
+    return {used ? value : 0, used ? value * x_hat : 0};
+  }
+  __device__ __forceinline__ Pair exactly_of(const Statistic& statistic, int n, int c, x_t x, x_t v) const {
+    const double x_hat = exact_x_hat(statistic, x);
+    const double bend = BENT && !TANGENT ? exact_slope(x_hat, tables.scale(c)) : 1;
+    return of(n, c, to_double<X_DTYPE>(v) * bend, x_hat);
+  }
 };
-__device__ __forceinline__ GroupCoefficients coefficients_of(const Pair& sums, double rstd, double count) {
+
+// Coefficients of a group from the sums of v and v x_hat over it.
+__device__ __forceinline__ ExactCoefficient coefficients_of(const Pair& sums, double rstd, double count) {
   return {-rstd * (sums.b / count), -rstd * (sums.a / count)};
 }
 
 // Tables of a group whose statistics stand there, and whose coefficients are known. Where float32 could not hold them the
 // group goes to float64.
-__device__ __forceinline__ void set_coefficients(const GroupCoefficients& g, double rstd, double count, int u,
+__device__ __forceinline__ void set_coefficients(const ExactCoefficient& g, double rstd, double count, int u,
                                                  const Tables& tables) {
   Coefficient coefficient = {in_range(REAL_IS_DOUBLE ? g.along : g.along * rstd, true), in_range(g.offset, true)};
   const bool slow = !REAL_IS_DOUBLE && (count <= FEW_ELEMENTS || coefficient.along != coefficient.along ||
                                         coefficient.offset != coefficient.offset);
-  if (slow) tables.group(2, u) = (real)bits_of<float>(0x7fc00000u);
+  if (slow) tables.to_exact(u);
 #if !TANGENT && !MASKED
   if (count == 1) {  // the only element cannot move against its mean: exactly zero
     tables.group(2, u) = 0;
@@ -209,25 +260,26 @@ __device__ __forceinline__ void set_coefficients(const GroupCoefficients& g, dou
   }
 #endif
   tables.set_coefficient(u, coefficient);
+  tables.set_exact_coefficient(u, g);
 }
 
 // Places in shared memory that the kernels of the backward have in common, in this order. See config.backward_bytes.
 struct Work {
-  Statistics statistics;
-  double *along, *offset, *counts;  // of the groups
-  ChannelSums sums, totals;         // of the channels of each sample, and of all samples
+  double* counts;            // of the groups
+  ChannelSums sums, totals;  // of the channels of each sample, and of all samples
   Tables tables;
   unsigned char *x, *dy, *mask;
   __device__ __forceinline__ Work(int samples, int rows, int channels, int columns, int units, int pitch, int flat)
-      : statistics(shared + SCRATCH, units), along(shared + SCRATCH + Statistics::VALUES * units), offset(along + units),
-        counts(offset + units), sums(counts + units, samples * channels),
-        totals(sums.end(samples * channels), channels), tables(totals.end(channels), units, channels, 2) {
+      : counts(shared + SCRATCH), sums(counts + units, kept(samples, channels)),
+        totals(sums.end(kept(samples, channels)), channels), tables(totals.end(channels), units, channels, 2) {
     x = align_16(tables.end());
     dy = x + box_bytes<x_t>(samples, rows, channels * columns, pitch, flat);
     mask = dy + box_bytes<x_t>(samples, rows, channels * columns, pitch, flat);
   }
+  static __device__ __forceinline__ int kept(int samples, int channels) { return SINGLE ? 0 : samples * channels; }
 };
 
+#ifdef KERNEL_BACKWARD
 // One block `repeat` boxes of whole groups, of consecutive samples. rstd_given: (N, G), where have_rstd. partial: sums of
 // v and v x_hat of each channel over the samples of the block, (blocks of samples, C, 2).
 extern "C" __global__ void BACKWARD_BOUNDS
@@ -267,76 +319,103 @@ extern "C" __global__ void BACKWARD_BOUNDS
         if (u < units && lane == 0) {
           m.fit(eps);
           const double r = have_rstd ? rstd_given[(box.n0 + n) * G + box.g0 + k] / m.unit : m.rstd(eps);
-          const Statistic statistic = {m.mean, m.low, r, m.unit};
-          work.statistics.set(u, statistic);
-          work.counts[u] = m.count;
-          Centre centre(statistic);
-          if (m.count <= FEW_ELEMENTS && !REAL_IS_DOUBLE) centre.rstd = (real)bits_of<float>(0x7fc00000u);
-          tables.set_centre(u, centre);
+          tables.set(u, {m.mean, m.low, r, m.unit});
+          if (m.count <= FEW_ELEMENTS && !REAL_IS_DOUBLE) tables.to_exact(u);
+          if (MASKED) work.counts[u] = m.count;
         }
       }
     }
     __syncthreads();
 
-    sum_channels(x_tile, dy_tile, mask, box, channel_team, work.statistics, tables, shared, work.sums);
+    const SumsOfChannels sums = {x_tile, dy_tile, mask, box, tables, work.sums, Divisor(box.group_channels)};
+#if !SINGLE
+    sum_channels(x_tile, dy_tile, mask, box, channel_team, tables, shared, work.sums);
     __syncthreads();
+#endif
+#if !TANGENT
+    const auto add_samples = [&](auto width) {
+      constexpr int K = decltype(width)::value;
+      for (int c = K * threadIdx.x; c < box.nc; c += K * blockDim.x) {
+        Pair total[K] = {}, sum[K];
+#pragma unroll
+        for (int k = 0; k < K; ++k)
+          if (i) total[k] = work.totals.at(c + k);
+#pragma unroll 1
+        for (int n = 0; n < box.ns; ++n) {
+          sums.at(n, c, sum);
+#pragma unroll
+          for (int k = 0; k < K; ++k) {
+            total[k].a += sum[k].a;
+            total[k].b += sum[k].b;
+          }
+        }
+#pragma unroll
+        for (int k = 0; k < K; ++k) work.totals.set(c + k, total[k]);
+      }
+    };
+#if SINGLE && ACTIVATION == IDENTITY  // eight slopes at a time do not fit in registers
+    if (box.group_channels % VX == 0) add_samples(Count<VX>());
+    else add_samples(Count<1>());
+#else
+    add_samples(Count<1>());
+#endif
+#endif
+#if SINGLE
+    __syncthreads();  // the centres have been read, which set_coefficients may change
+#endif
 
     {
       const int team = group_team, teams = blockDim.x / team, lane = threadIdx.x & (team - 1);
       for (int first = 0; first < units; first += teams) {
         const int u = first + threadIdx.x / team, n = u / box.groups, k = u - n * box.groups;
         Pair sum = {0, 0};
-        if (u < units) {
-          for (int c = k * box.group_channels + lane; c < (k + 1) * box.group_channels; c += team) {
-            const double w = TANGENT ? 1 : exactly(tables.channel(0, c));
-            const Pair of_channel = work.sums.at(n * box.nc + c);
-            sum.a = fma(w, of_channel.a, sum.a);
-            sum.b = fma(w, of_channel.b, sum.b);
+        const auto add = [&](auto width, int, int i) {
+          constexpr int K = decltype(width)::value;
+          const int c = k * box.group_channels + i;
+          Pair of_channel[K];
+          sums.at(n, c, of_channel);
+#pragma unroll
+          for (int j = 0; j < K; ++j) {
+            const double w = TANGENT ? 1 : exactly(tables.channel(0, c + j));
+            sum.a = fma(w, of_channel[j].a, sum.a);
+            sum.b = fma(w, of_channel[j].b, sum.b);
           }
-        }
+        };
+        const int mine = u < units ? box.group_channels : 0;
+        if (SINGLE) walk(1, mine, lane, team, add, [] {});
+        else for (int c = lane; c < mine; c += team) add(Count<1>(), 0, c);
         sum = team_sum(sum, team, shared);
+        __syncwarp();  // all lanes have read the centre, which set_coefficients may change
         if (u < units && lane == 0) {
-          const double r = work.statistics.rstd(u), count = work.counts[u];
-          const GroupCoefficients g = coefficients_of(sum, r * work.statistics.unit(u), count);
-          work.along[u] = g.along;
-          work.offset[u] = g.offset;
-          set_coefficients(g, r, count, u, tables);
+          const Statistic statistic = tables.statistic(u);
+          const double r = statistic.rstd, count = MASKED ? work.counts[u] : box.nr * box.run;
+          set_coefficients(coefficients_of(sum, r * statistic.unit, count), r, count, u, tables);
         }
       }
     }
-#if !TANGENT
-    for (int c = threadIdx.x; c < box.nc; c += blockDim.x) {
-      Pair total = {0, 0};
-      if (i) total = work.totals.at(c);
-      for (int n = 0; n < box.ns; ++n) {
-        const Pair sum = work.sums.at(n * box.nc + c);
-        total.a += sum.a;
-        total.b += sum.b;
-      }
-      work.totals.set(c, total);
-    }
-#endif
     __syncthreads();
 
     const Gradient<Shared<x_t>, Shared<x_t>> operation = {
-        x_tile, dy_tile, work.statistics, work.along, work.offset, tables, mask, box, Divisor(box.group_channels)};
+        x_tile, dy_tile, tables, mask, box, Divisor(box.group_channels)};
     apply(operation, Global<y_t>(dx, dx_sn, dx_so, box, inner), box);
   }
 #if !TANGENT
   real* to = partial + 2 * ((long long)sample_block * C + c0);
-  for (int c = threadIdx.x; c < nc; c += blockDim.x) {  // each thread those that it summed
+  for (int c = threadIdx.x; c < nc; c += blockDim.x) {
     const Pair total = work.totals.at(c);
     to[2 * c] = (real)total.a;
     to[2 * c + 1] = (real)total.b;
   }
 #endif
 }
+#endif
 
+#ifdef KERNEL_BACKWARD_SUMS
 // One block a box of one sample, which may be a part of a group. Writes the sums of v and of v (x - mean of the box), x in
 // the box's unit, of each channel, sums: (N, spatial parts, C, 2); and the moments of each group in the box, (N, parts, G,
 // PART). With have_statistics, in `planes`, it is v x_hat under them, and no moments are written; labels, the group of each
 // channel, need them (labelled).
-extern "C" __global__ void SPLIT_BACKWARD_BOUNDS
+extern "C" __global__ void BACKWARD_SUMS_BOUNDS
     backward_sums(BOX_PARAMETERS, const int group_team, const int channel_team, const x_t* x, const long long x_sn,
                   const long long x_so, const x_t* dy, const long long dy_sn, const long long dy_so, PARAMETERS,
                   double* planes, const int have_statistics, const int G, const int* labels, const int labelled,
@@ -357,9 +436,7 @@ extern "C" __global__ void SPLIT_BACKWARD_BOUNDS
   const int units = box.groups;
   if (have_statistics) {
     for_each_group(box, G, labels, labelled, [&](int u, long long group) {
-      const Statistic statistic = statistic_of({planes, N * G}, group);
-      work.statistics.set(u, statistic);
-      tables.set_centre(u, Centre(statistic));
+      tables.set(u, statistic_of({planes, N * G}, group));
     });
   }
   __syncthreads();
@@ -375,25 +452,25 @@ extern "C" __global__ void SPLIT_BACKWARD_BOUNDS
           m.low = m.m2 = 0;
           m.unit = 1;
         }
-        const Statistic statistic = {m.mean, m.low, m.m2 > 0 ? sqrt(m.count / m.m2) : 1, m.unit};
-        work.statistics.set(u, statistic);
-        tables.set_centre(u, Centre(statistic));
+        tables.set(u, {m.mean, m.low, m.m2 > 0 ? sqrt(m.count / m.m2) : 1, m.unit});
         write_part(moments + PART * ((box.n0 * box.parts + box.part) * G + box.g0 + u), m);
       }
     }
     __syncthreads();
   }
 
-  sum_channels(x_tile, dy_tile, mask, box, channel_team, work.statistics, tables, shared, work.sums);
+  sum_channels(x_tile, dy_tile, mask, box, channel_team, tables, shared, work.sums);
   __syncthreads();
   double* to = sums + 2 * ((box.n0 * box.spatial_parts + box.spatial_part) * C + box.c0);
   for (int c = threadIdx.x; c < box.nc; c += blockDim.x) {
     const Pair sum = work.sums.at(c);
     to[2 * c] = sum.a;
-    to[2 * c + 1] = have_statistics ? sum.b : sum.b / work.statistics.rstd(c / box.group_channels);
+    to[2 * c + 1] = have_statistics ? sum.b : sum.b / tables.statistic(c / box.group_channels).rstd;
   }
 }
+#endif
 
+#ifdef KERNEL_MERGE_BACKWARD
 // One block a group of a sample: its statistics and coefficients, in `planes`, and the sums of v and v x_hat of its channels,
 // channel_sums: (N, C, 2), from those of its boxes. See backward_sums. Labelled groups as in merge_labels, where the order of
 // the channels changes no bit.
@@ -461,7 +538,7 @@ extern "C" __global__ void MERGE_BOUNDS
     total = team_sum(total, blockDim.x, scratch);
   }
   if (threadIdx.x == 0) {
-    const GroupCoefficients g = coefficients_of(total, rstd * m.unit, m.count);
+    const ExactCoefficient g = coefficients_of(total, rstd * m.unit, m.count);
     values.at(ALONG, group) = g.along;
     values.at(OFFSET, group) = g.offset;
     if (!have_statistics) {
@@ -473,9 +550,11 @@ extern "C" __global__ void MERGE_BOUNDS
     }
   }
 }
+#endif
 
+#ifdef KERNEL_BACKWARD_APPLY
 // One block a box: x and dy read once, dx written once, under statistics and coefficients in `planes`.
-extern "C" __global__ void SPLIT_BACKWARD_BOUNDS
+extern "C" __global__ void BACKWARD_APPLY_BOUNDS
     backward_apply(BOX_PARAMETERS, const x_t* x, const long long x_sn, const long long x_so, const x_t* dy,
                    const long long dy_sn, const long long dy_so, PARAMETERS, TANGENTS, double* planes, const int G,
                    const int* labels, const int labelled, y_t* dx, const long long dx_sn, const long long dx_so MASK_PARAMETERS) {
@@ -485,11 +564,8 @@ extern "C" __global__ void SPLIT_BACKWARD_BOUNDS
   for_each_group(box, G, labels, labelled, [&](int u, long long group) {
     const Planes values = {planes, N * G};
     const Statistic statistic = statistic_of(values, group);
-    const GroupCoefficients g = {values.at(ALONG, group), values.at(OFFSET, group)};
-    work.statistics.set(u, statistic);
-    work.along[u] = g.along;
-    work.offset[u] = g.offset;
-    work.tables.set_centre(u, Centre(statistic));
+    const ExactCoefficient g = {values.at(ALONG, group), values.at(OFFSET, group)};
+    work.tables.set(u, statistic);
     set_coefficients(g, statistic.rstd, values.at(COUNT, group), u, work.tables);
   });
   Mask mask = {};
@@ -498,30 +574,32 @@ extern "C" __global__ void SPLIT_BACKWARD_BOUNDS
 #endif
   __syncthreads();
   const Gradient<Global<const x_t>, Global<const x_t>> operation = {
-      Global<const x_t>(x, x_sn, x_so, box, inner), Global<const x_t>(dy, dy_sn, dy_so, box, inner), work.statistics,
-      work.along, work.offset, work.tables, mask, box, Divisor(box.group_channels)};
+      Global<const x_t>(x, x_sn, x_so, box, inner), Global<const x_t>(dy, dy_sn, dy_so, box, inner), work.tables,
+      mask, box, Divisor(box.group_channels)};
   apply(operation, Global<y_t>(dx, dx_sn, dx_so, box, inner), box);
 }
+#endif
 
-// dweight and dbias of 32 channels a block, from partial: (rows, C, 2), to every `step`th element of theirs. Eight threads a
-// channel take every eighth row; their sums are added in order.
+#ifdef KERNEL_PARAMETER_GRADIENTS
+// dweight and dbias of 32 channels a block, from partial: (rows, C, 2), to every `step`th element of theirs. Each warp takes a
+// part of the rows, every so many; their sums are added in order.
 template <class Partial>
 __device__ __forceinline__ void add_rows(const Partial* partial, int rows, int C, void* dweight, void* dbias, int dtype, int step) {
-  const int c = blockIdx.x * 32 + (threadIdx.x & 31), part = threadIdx.x >> 5;
+  const int c = blockIdx.x * 32 + (threadIdx.x & 31), part = threadIdx.x >> 5, parts = blockDim.x >> 5;
   double sum_v = 0, sum_v_x_hat = 0;
   if (c < C) {
-    for (int r = part; r < rows; r += 8) {
+    for (int r = part; r < rows; r += parts) {
       sum_v += (double)partial[2 * ((long long)r * C + c)];
       sum_v_x_hat += (double)partial[2 * ((long long)r * C + c) + 1];
     }
   }
   shared[threadIdx.x] = sum_v;
-  shared[256 + threadIdx.x] = sum_v_x_hat;
+  shared[blockDim.x + threadIdx.x] = sum_v_x_hat;
   __syncthreads();
   if (part == 0 && c < C) {
-    for (int other = 1; other < 8; ++other) {
+    for (int other = 1; other < parts; ++other) {
       sum_v += shared[threadIdx.x + 32 * other];
-      sum_v_x_hat += shared[256 + threadIdx.x + 32 * other];
+      sum_v_x_hat += shared[blockDim.x + threadIdx.x + 32 * other];
     }
     store_any(dweight, dtype, (long long)c * step, sum_v_x_hat);
     store_any(dbias, dtype, (long long)c * step, sum_v);
@@ -533,3 +611,4 @@ extern "C" __global__ void __launch_bounds__(256)
   if (doubles) add_rows((const double*)partial, rows, C, dweight, dbias, dtype, step);
   else add_rows((const float*)partial, rows, C, dweight, dbias, dtype, step);
 }
+#endif

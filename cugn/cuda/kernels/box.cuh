@@ -12,13 +12,15 @@
 // registers). None of them makes a kernel spill, over all options and architectures. The kernels that go over a split group
 // have three blocks where that allows it: 12 KB of reads in flight, and sm_90 needs 8 to read and write at the memory's speed.
 #define FORWARD_BOUNDS __launch_bounds__(512, 1)
-#define BACKWARD_BOUNDS __launch_bounds__(256, 1)
 #define MOMENTS_BOUNDS __launch_bounds__(256, 3)
 #define HEAVY (ACTIVATION == GELU || (REAL_IS_DOUBLE && ACTIVATION != IDENTITY))  // erfc, and exp in float64
 #define APPLY_BOUNDS \
   __launch_bounds__(256, HEAVY || (VECTOR_CHANNELS > 1 && REAL_IS_DOUBLE) || (VECTOR_CHANNELS > 2 && Y_DTYPE < FLOAT32) ? 2 : 3)
 #define MORE_THAN_SUMS (TANGENT || MASKED || ACTIVATION != IDENTITY)
-#define SPLIT_BACKWARD_BOUNDS \
+#define BACKWARD_BOUNDS \
+  __launch_bounds__(256, REAL_IS_DOUBLE || SINGLE || MORE_THAN_SUMS || (VECTOR_CHANNELS > 2 && Y_DTYPE < FLOAT32) ? 1 : 2)
+#define BACKWARD_SUMS_BOUNDS __launch_bounds__(256, HEAVY ? 1 : 2)
+#define BACKWARD_APPLY_BOUNDS \
   __launch_bounds__(256, HEAVY || (VECTOR_CHANNELS > 2 && Y_DTYPE < FLOAT32 && MORE_THAN_SUMS) ? 1 : 2)
 #define SECOND_BOUNDS __launch_bounds__(256, 1)
 #define MERGE_BOUNDS __launch_bounds__(256, 1)
@@ -342,15 +344,20 @@ struct Place {
 
 // Op: Input (where a row's elements come from), Values<K> (K of them), Entry (what a channel of a sample needs), Group (the part
 // of it that its group needs), and unit(n, c), group(unit), entry(group, c), slow(entry), fast(entry, values, k); for slow
-// entries the same in float64, Exact, exact_entry and exact. An
-// entry is looked up once for as long as a thread stays in its channels: for good in channels-last, where a few threads may
-// have nothing to do for it, once a vector elsewhere.
+// entries the same in float64, ExactGroup, exact_group(unit) and exact(group, c, values, k). An entry is looked up once for as
+// long as a thread stays in its channels: for good in channels-last, where a few threads may have nothing to do for it, once
+// a vector elsewhere.
 //
 // VECTOR_CHANNELS: channels that an aligned vector of the output lies in at most. 1, 2 (a channel's run is at least a
 // vector), or 16 for any number.
 constexpr int ENTRIES = VECTOR_CHANNELS < VY ? VECTOR_CHANNELS : VY;
-// 16-bit elements in float64 arithmetic (float64 weights): eight entries would be 96 registers. They are looked up one by one.
+// 16-bit elements in float64 arithmetic (float64 weights): eight entries would be 96 registers. They are looked up one by one;
+// so are the four of float32 where erfc takes the registers.
+#if REAL_IS_DOUBLE && ACTIVATION == GELU
+constexpr bool KEPT = ENTRIES <= 2;
+#else
 constexpr bool KEPT = !(REAL_IS_DOUBLE && ENTRIES > 4);
+#endif
 
 template <class Op> __device__ __forceinline__ void apply(const Op& op, const Global<y_t>& out, const Box& box) {
   typename Op::Entry entry[ENTRIES];
@@ -412,18 +419,31 @@ template <class Op> __device__ __forceinline__ void apply(const Op& op, const Gl
       typename Op::template Values<VY> values;
       op.load(values, from, e, place.n, place.r, q);
       Pack<y_t, VY> pack;
+      const auto kept = [&](int k) { return ENTRIES == 2 && k >= here ? entry[ENTRIES - 1] : entry[ENTRIES == VY ? k : 0]; };
       if (plain) {
 #pragma unroll
-        for (int k = 0; k < VY; ++k) {
-          const typename Op::Entry one = ENTRIES == 2 && k >= here ? entry[ENTRIES - 1] : entry[ENTRIES == VY ? k : 0];
-          pack.element[k] = from_real<Y_DTYPE>(op.fast(one, values, k));
-        }
+        for (int k = 0; k < VY; ++k) pack.element[k] = from_real<Y_DTYPE>(op.fast(kept(k), values, k));
       } else {
+        // Groups of single elements are small, and small ones are all slow: what is known is kept. Elsewhere it takes registers.
+        constexpr bool LOOK_UP = !SINGLE;
+        typename Op::Group group;
+        typename Op::ExactGroup exact_group;
+        int unit = -1;  // whose they are
 #pragma unroll
         for (int k = 0; k < VY; ++k) {
-          const typename Op::Entry one = op.entry(op.group(op.unit(place.n, place.c)), place.c);
-          pack.element[k] = op.slow(one) ? from_double<Y_DTYPE>(op.exact(op.exact_entry(place.n, place.c), values, k))
-                                         : from_real<Y_DTYPE>(op.fast(one, values, k));
+          const int other = op.unit(place.n, place.c);
+          if (LOOK_UP || other != unit) {
+            if (LOOK_UP || !KEPT) group = op.group(other);
+            if (!LOOK_UP) exact_group = op.exact_group(other);
+            unit = other;
+          }
+          const typename Op::Entry one = LOOK_UP || !KEPT ? op.entry(group, place.c) : kept(k);
+          if (op.slow(one)) {
+            if (LOOK_UP) exact_group = op.exact_group(unit);
+            pack.element[k] = from_double<Y_DTYPE>(op.exact(exact_group, place.c, values, k));
+          } else {
+            pack.element[k] = from_real<Y_DTYPE>(op.fast(one, values, k));
+          }
           place.step(box);
         }
       }
@@ -433,7 +453,7 @@ template <class Op> __device__ __forceinline__ void apply(const Op& op, const Gl
         const typename Op::Entry one = op.entry(op.group(op.unit(place.n, place.c)), place.c);
         typename Op::template Values<1> values;
         op.load(values, from, k, place.n, place.r, place.c * box.ncol + place.i);
-        to[k] = op.slow(one) ? from_double<Y_DTYPE>(op.exact(op.exact_entry(place.n, place.c), values, 0))
+        to[k] = op.slow(one) ? from_double<Y_DTYPE>(op.exact(op.exact_group(op.unit(place.n, place.c)), place.c, values, 0))
                              : from_real<Y_DTYPE>(op.fast(one, values, 0));
         place.step(box);
       }

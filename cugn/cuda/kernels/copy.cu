@@ -30,6 +30,7 @@ struct Places {
 #define AXES_ARGUMENTS \
   size1, size2, size3, size4, size5, from0, from1, from2, from3, from4, from5, to0, to1, to2, to3, to4, to5
 
+#ifdef KERNEL_COPY_ELEMENTS
 // Elements of 1, 2, 4 or 8 bytes as they are.
 extern "C" __global__ void copy_elements(const void* from, void* to, const int bytes, const long long count, AXES) {
   const long long e = (long long)blockIdx.x * blockDim.x + threadIdx.x;
@@ -40,7 +41,9 @@ extern "C" __global__ void copy_elements(const void* from, void* to, const int b
   else if (bytes == 4) ((unsigned*)to)[at.to] = ((const unsigned*)from)[at.from];
   else ((unsigned long long*)to)[at.to] = ((const unsigned long long*)from)[at.from];
 }
+#endif
 
+#ifdef KERNEL_CONVERT_ELEMENTS
 // Elements of another dtype, rounded once.
 extern "C" __global__ void convert_elements(const void* from, void* to, const int from_dtype, const int to_dtype,
                                             const long long count, AXES) {
@@ -49,3 +52,4 @@ extern "C" __global__ void convert_elements(const void* from, void* to, const in
   const Places at(e, AXES_ARGUMENTS);
   store_any(to, to_dtype, at.to, load_any(from, from_dtype, at.from));
 }
+#endif

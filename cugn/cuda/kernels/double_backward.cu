@@ -101,6 +101,7 @@ struct SecondTiles {
   }
 };
 
+#ifdef KERNEL_SECOND_SUMS
 // One block a box of one sample, which may be a part of a group. sums: (N, spatial parts, C, SUMS), under the statistics in
 // `planes`; labels, the group of each channel, where labelled.
 extern "C" __global__ void SECOND_BOUNDS
@@ -168,7 +169,9 @@ extern "C" __global__ void SECOND_BOUNDS
     }
   }
 }
+#endif
 
+#ifdef KERNEL_MERGE_SECOND
 // One block a group of a sample: its coefficients, in `planes`, and of each of its channels what gweight and gbias are sums of
 // over the samples, partial: (N, C, 2), gbias first. channel_sums: (N, C, SUMS), from those of its boxes. The sums over the
 // channels do not depend on their order, to the bit, as in merge_labels.
@@ -238,6 +241,7 @@ extern "C" __global__ void MERGE_BOUNDS
     for (int i = 0; i < 7; ++i) values.at((Plane)(U_MEAN + i), group) = found[i];
   }
 }
+#endif
 
 // The operation `apply` of the gradients of dy (OF_X false) and of x. What a channel needs is looked up for each element where
 // a vector may have more than two of them: it would not fit in registers.
@@ -260,7 +264,7 @@ template <bool OF_X> struct Second {
   template <class Nothing> struct Choice<false, Nothing> { typedef Index Entry; };
   typedef typename Choice<ENTRIES <= 2>::Entry Entry;
   typedef int Group;
-  typedef double Exact;
+  typedef int ExactGroup;
   struct Input {};
   template <int K> struct Values {
     Pack<x_t, K> x, dy, u;
@@ -283,8 +287,8 @@ template <bool OF_X> struct Second {
     else return {u, c};
   }
   __device__ __forceinline__ bool slow(const Entry&) const { return false; }
-  __device__ __forceinline__ double exact_entry(int, int) const { return 0; }
-  template <int K> __device__ __forceinline__ double exact(double, const Values<K>&, int) const { return 0; }
+  __device__ __forceinline__ int exact_group(int u) const { return u; }
+  template <int K> __device__ __forceinline__ double exact(int, int, const Values<K>&, int) const { return 0; }
   __device__ __forceinline__ Input input(int, int) const { return {}; }
   template <int K> __device__ __forceinline__ void load(Values<K>& values, const Input&, int, int n, int r, int q) const {
     const auto pack = [&](const Shared<x_t>& from) {
@@ -312,6 +316,7 @@ template <bool OF_X> struct Second {
   }
 };
 
+#ifdef KERNEL_SECOND_APPLY
 // One block a box: x, dy and u read once, the gradients of dy and of x written once, under statistics and coefficients in
 // `planes`.
 extern "C" __global__ void SECOND_BOUNDS
@@ -344,3 +349,4 @@ extern "C" __global__ void SECOND_BOUNDS
   apply(Second<false>{tiles, work, mask, box, Divisor(box.group_channels)}, Global<y_t>(gdy, gdy_sn, gdy_so, box, inner), box);
   apply(Second<true>{tiles, work, mask, box, Divisor(box.group_channels)}, Global<y_t>(gx, gx_sn, gx_so, box, inner), box);
 }
+#endif

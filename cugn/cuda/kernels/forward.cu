@@ -11,6 +11,7 @@
 //
 // Options: X_DTYPE, Y_DTYPE, ACTIVATION, MASKED, VECTOR_CHANNELS.
 
+#ifdef KERNEL_FORWARD
 // One block a box: groups of one or more samples.
 extern "C" __global__ void FORWARD_BOUNDS
     forward(BOX_PARAMETERS, const int team, const x_t* x, const long long x_sn, const long long x_so,
@@ -19,8 +20,7 @@ extern "C" __global__ void FORWARD_BOUNDS
   const Box box(BOX_ARGUMENTS, blockIdx.x);
   const int most_units = samples * max(1, channels / D);
   double* scratch = shared;
-  const Statistics statistics(shared + SCRATCH, most_units);
-  const Tables tables(shared + SCRATCH + Statistics::VALUES * most_units, most_units, channels, 0);
+  const Tables tables(shared + SCRATCH, most_units, channels, 0);
   unsigned char* bytes = align_16(tables.end());
 
   const Global<const x_t> source(x, x_sn, x_so, box, inner);
@@ -41,9 +41,7 @@ extern "C" __global__ void FORWARD_BOUNDS
     if (u < units && lane == 0) {
       m.fit(eps);
       const double r = m.rstd(eps);
-      const Statistic statistic = {m.mean, m.low, r, m.unit};
-      statistics.set(u, statistic);
-      tables.set_centre(u, Centre(statistic));
+      tables.set(u, {m.mean, m.low, r, m.unit});
       const long long at = (box.n0 + n) * (C / D) + box.g0 + k;
       mean[at] = m.mean / m.unit;
       rstd[at] = r * m.unit;
@@ -51,10 +49,12 @@ extern "C" __global__ void FORWARD_BOUNDS
   }
   __syncthreads();
 
-  const Normalization<Shared<x_t>> operation(tile, statistics, tables, box);
+  const Normalization<Shared<x_t>> operation(tile, tables, box);
   apply(operation, Global<y_t>(y, y_sn, y_so, box, inner), box);
 }
+#endif
 
+#ifdef KERNEL_MOMENTS
 // One block a box, which may be a part of a group. Writes PART values of each of its groups.
 extern "C" __global__ void MOMENTS_BOUNDS
     moments(BOX_PARAMETERS, const int team, const x_t* x, const long long x_sn, const long long x_so,
@@ -81,6 +81,7 @@ extern "C" __global__ void MOMENTS_BOUNDS
     }
   }
 }
+#endif
 
 // What the merged moments of a group become: (mean, m2, count) of the public function, `count` given; or (mean, rstd) where
 // the caller wants them, and the planes that the other kernels read, with the caller's rstd where there is one.
@@ -115,6 +116,7 @@ struct Results {
       double *m2, long long *count, double *planes
 #define RESULTS_OF(groups) {mean, rstd, m2, count, rstd_given, {planes, groups}, eps, public_moments, have_rstd}
 
+#ifdef KERNEL_MERGE_MOMENTS
 // One team a group: merges the moments of its `parts`; or, where the groups are channels (of labelled groups), writes to
 // channel_moments what `moments` writes of a part, (N, G, PART).
 extern "C" __global__ void MERGE_BOUNDS
@@ -130,7 +132,9 @@ extern "C" __global__ void MERGE_BOUNDS
     else results.write(m, group);
   }
 }
+#endif
 
+#ifdef KERNEL_MERGE_LABELS
 // One block a group of a sample, of the channels order[bounds[g]] ... order[bounds[g + 1] - 1]: merges their moments,
 // channel_moments: (N, C, PART). The sums do not depend on the order of the channels, to the bit.
 extern "C" __global__ void MERGE_BOUNDS
@@ -166,7 +170,9 @@ extern "C" __global__ void MERGE_BOUNDS
   const Results results = RESULTS_OF((long long)gridDim.x);
   if (threadIdx.x == 0) results.write(m, blockIdx.x);
 }
+#endif
 
+#ifdef KERNEL_APPLY_STATISTICS
 // One block a box: x read once, y written once, under the statistics of all groups in `planes` or, without them, the
 // caller's mean and rstd, (N, G).
 extern "C" __global__ void APPLY_BOUNDS
@@ -175,15 +181,13 @@ extern "C" __global__ void APPLY_BOUNDS
                      const int labelled, PARAMETERS, y_t* y, const long long y_sn, const long long y_so) {
   const Box box(BOX_ARGUMENTS, blockIdx.x);
   const int most_units = samples * max(1, channels / D);
-  const Statistics statistics(shared, most_units);
-  const Tables tables(shared + Statistics::VALUES * most_units, most_units, channels, 0);
+  const Tables tables(shared, most_units, channels, 0);
   tables.fill_scales(box, {weight, bias, nullptr, nullptr, weight_dtype, bias_dtype, -1, -1});
   for_each_group(box, G, labels, labelled, [&](int u, long long group) {
-    const Statistic statistic = have_planes ? statistic_of({planes, N * G}, group) : given_statistic(mean, rstd, group);
-    statistics.set(u, statistic);
-    tables.set_centre(u, Centre(statistic));
+    tables.set(u, have_planes ? statistic_of({planes, N * G}, group) : given_statistic(mean, rstd, group));
   });
   __syncthreads();
-  const Normalization<Global<const x_t>> operation(Global<const x_t>(x, x_sn, x_so, box, inner), statistics, tables, box);
+  const Normalization<Global<const x_t>> operation(Global<const x_t>(x, x_sn, x_so, box, inner), tables, box);
   apply(operation, Global<y_t>(y, y_sn, y_so, box, inner), box);
 }
+#endif

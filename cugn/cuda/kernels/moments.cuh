@@ -9,6 +9,14 @@
 // rounding, 1e-8 standard deviations, would be seen.
 #define EXACT_MEAN (X_DTYPE == FLOAT32 && !REAL_IS_DOUBLE)
 
+// Whether groups of so few are told by their size, before the first float32 sum. `backward` has no registers to spare for it
+// (128 on sm_90, for two blocks), unless single elements make small groups usual.
+#if defined(KERNEL_BACKWARD) && !SINGLE
+#define FEW_AT_ONCE false
+#else
+#define FEW_AT_ONCE true
+#endif
+
 // Moments of x * unit. The unit is a power of two, 1 unless squares would leave the range of float64, or subnormals lose
 // bits; only float64 arithmetic has another one.
 struct Moments {
@@ -85,6 +93,8 @@ __device__ __forceinline__ Moments moments_of(const Shared<x_t>& x, const Mask& 
   const double average = total.a / count;
   const real estimate = (real)average;
 
+  // Known to be few: in float64 right away.
+  const bool few = EXACT_MEAN && FEW_AT_ONCE && box.nr * box.run <= FEW_ELEMENTS;
   double s1 = 0, s2 = 0;
   real run_1 = 0, run_2 = 0;
   walk(rows, box.run, lane, team,
@@ -94,9 +104,15 @@ __device__ __forceinline__ Moments moments_of(const Shared<x_t>& x, const Mask& 
          read<X_DTYPE, K>(x, n, r, q0 + i, v);
 #pragma unroll
          for (int j = 0; j < K; ++j) {
-           const real d = mask.at(n, r, q0 + i + j) ? v[j] - estimate : (real)0;
-           if (!EXACT_MEAN) run_1 += d;
-           run_2 = fma(d, d, run_2);
+           if (few) {
+             const double d = mask.at(n, r, q0 + i + j) ? (double)v[j] - average : 0;
+             s1 += d;
+             s2 = fma(d, d, s2);
+           } else {
+             const real d = mask.at(n, r, q0 + i + j) ? v[j] - estimate : (real)0;
+             if (!EXACT_MEAN) run_1 += d;
+             run_2 = fma(d, d, run_2);
+           }
          }
        },
        [&] {
@@ -105,13 +121,13 @@ __device__ __forceinline__ Moments moments_of(const Shared<x_t>& x, const Mask& 
          run_1 = run_2 = 0;
        });
   total = team_sum({s1, s2}, team, scratch);
-  if (EXACT_MEAN) total.a = (average - estimate) * count;
-  double centre = estimate, unit = 1;
+  if (EXACT_MEAN && !few) total.a = (average - estimate) * count;
+  double centre = few ? average : (double)estimate, unit = 1;
 
 #if REAL_IS_DOUBLE
   const bool slow = !(total.b >= count * 1e-250 && total.b <= 1e250);
 #else
-  const bool slow = !(total.b >= count * 0x1p-96 && total.b <= 0x1p+1000) || count <= FEW_ELEMENTS;
+  const bool slow = !(total.b >= count * 0x1p-96 && total.b <= 0x1p+1000) || (count <= FEW_ELEMENTS && !few);
 #endif
   if (any_of_team(slow, team)) {
     const int slow_rows = slow ? rows : 0;
@@ -265,24 +281,6 @@ __device__ __forceinline__ Statistic statistic_of(const Planes& from, long long 
   return {from.at(MEAN, group), from.at(LOW, group), from.at(RSTD, group), REAL_IS_DOUBLE ? from.at(UNIT, group) : 1};
 }
 
-// Those of the groups in the box, in shared memory, `units` of each value.
-struct Statistics {
-  double* data;
-  int units;
-  __device__ __forceinline__ Statistics(double* p, int units) : data(p), units(units) {}
-  __device__ __forceinline__ double& mean(int u) const { return data[u]; }
-  __device__ __forceinline__ double& low(int u) const { return data[units + u]; }
-  __device__ __forceinline__ double& rstd(int u) const { return data[2 * units + u]; }
-  __device__ __forceinline__ double unit(int u) const { return REAL_IS_DOUBLE ? data[3 * units + u] : 1; }
-  __device__ __forceinline__ void set(int u, const Statistic& s) const {
-    mean(u) = s.mean;
-    low(u) = s.low;
-    rstd(u) = s.rstd;
-    if (REAL_IS_DOUBLE) data[3 * units + u] = s.unit;
-  }
-  static constexpr int VALUES = REAL_IS_DOUBLE ? 4 : 3;
-};
-
 // A group in the arithmetic of the elements: the mean in two parts. x_hat = centred(x) * rstd.
 struct Centre {
   real high, low, rstd, unit;
@@ -330,15 +328,24 @@ struct Coefficient {
   real along, offset;
 };
 
-// Tables of a box in shared memory, one of each value: what `apply` looks up for a channel of a sample.
+// The same in float64: along * x_hat + offset.
+struct ExactCoefficient {
+  double along, offset;
+};
+
+// Tables of a box in shared memory, one of each value: what is looked up for a group and for a channel of a sample. Beside the
+// values of the elements' arithmetic stand those that float64 takes over with where float32 does not reach: mean and rstd of
+// the groups (one float64 is enough for the mean of what is no float64 array), and their coefficients.
 struct Tables {
+  double* exact;
   real *of_groups, *of_channels;
-  int group_step, channel_step;  // from the table of a value to the next
+  int units, group_step, channel_step;  // from the table of a value to the next
   static constexpr int GROUP_VALUES = REAL_IS_DOUBLE ? 4 : 3, CHANNEL_VALUES = TANGENT ? 4 : 2;
 
   // `coefficients`: 2 where they are kept, else 0.
   __device__ __forceinline__ Tables(double* p, int units, int channels, int coefficients)
-      : of_groups(reinterpret_cast<real*>(p)), group_step(spread<real>(units)), channel_step(spread<real>(channels)) {
+      : exact(p), units(units), group_step(spread<real>(units)), channel_step(spread<real>(channels)) {
+    of_groups = reinterpret_cast<real*>(exact + (REAL_IS_DOUBLE ? 0 : (2 + coefficients) * units));
     of_channels = of_groups + (GROUP_VALUES + coefficients) * group_step;
   }
   __device__ __forceinline__ unsigned char* end() const {
@@ -349,6 +356,10 @@ struct Tables {
     return of_channels[value * channel_step + spread<real>(c)];
   }
 
+  __device__ __forceinline__ Statistic statistic(int u) const {
+    if constexpr (REAL_IS_DOUBLE) return {group(0, u), group(1, u), group(2, u), group(3, u)};
+    else return {exact[u], 0, exact[units + u], 1};
+  }
   __device__ __forceinline__ Centre centre(int u) const {
     Centre centre;
     centre.high = group(0, u);
@@ -357,11 +368,28 @@ struct Tables {
     centre.unit = REAL_IS_DOUBLE ? group(3, u) : (real)1;
     return centre;
   }
-  __device__ __forceinline__ void set_centre(int u, const Centre& centre) const {
+  // Whether a group is in the range of the arithmetic of the elements, or goes to float64.
+  __device__ __forceinline__ bool in_reals(int u) const { return REAL_IS_DOUBLE || group(2, u) == group(2, u); }
+  __device__ __forceinline__ void to_exact(int u) const { group(2, u) = (real)bits_of<float>(0x7fc00000u); }
+  __device__ __forceinline__ void set(int u, const Statistic& s) const {
+    const Centre centre(s);
     group(0, u) = centre.high;
     group(1, u) = centre.low;
     group(2, u) = centre.rstd;
-    if (REAL_IS_DOUBLE) group(3, u) = centre.unit;
+    if (REAL_IS_DOUBLE) {
+      group(3, u) = centre.unit;
+    } else {
+      exact[u] = s.mean;
+      exact[units + u] = s.rstd;
+    }
+  }
+  __device__ __forceinline__ ExactCoefficient exact_coefficient(int u) const {
+    return {exact[2 * units + u], exact[3 * units + u]};
+  }
+  __device__ __forceinline__ void set_exact_coefficient(int u, const ExactCoefficient& coefficient) const {
+    if (REAL_IS_DOUBLE) return;
+    exact[2 * units + u] = coefficient.along;
+    exact[3 * units + u] = coefficient.offset;
   }
   __device__ __forceinline__ Coefficient coefficient(int u) const {
     return {group(GROUP_VALUES, u), group(GROUP_VALUES + 1, u)};
@@ -370,10 +398,11 @@ struct Tables {
     group(GROUP_VALUES, u) = coefficient.along;
     group(GROUP_VALUES + 1, u) = coefficient.offset;
   }
-  __device__ __forceinline__ Scale scale(int c) const {
+  // `bias`: whether it is needed.
+  __device__ __forceinline__ Scale scale(int c, bool bias = true) const {
     Scale scale;
     scale.weight = channel(0, c);
-    scale.bias = channel(1, c);
+    scale.bias = bias ? channel(1, c) : (real)0;
 #if TANGENT
     scale.tweight = channel(2, c);
     scale.tbias = channel(3, c);
@@ -401,19 +430,16 @@ struct Affine {
 // The operation `apply` of the forward. `From`: the box of x, in shared or in global memory.
 template <class From> struct Normalization {
   const From x;
-  const Statistics statistics;
   const Tables tables;
   const Box& box;
   const Divisor by_group;
 
-  __device__ __forceinline__ Normalization(const From& x, const Statistics& statistics, const Tables& tables, const Box& box)
-      : x(x), statistics(statistics), tables(tables), box(box), by_group(box.group_channels) {}
+  __device__ __forceinline__ Normalization(const From& x, const Tables& tables, const Box& box)
+      : x(x), tables(tables), box(box), by_group(box.group_channels) {}
 
   typedef Affine Entry;
   typedef Centre Group;
-  struct Exact {
-    double mean, low, rstd, weight, bias;
-  };
+  typedef Statistic ExactGroup;
   typedef const x_t* Input;
   template <int K> struct Values {
     Pack<x_t, K> x;
@@ -428,11 +454,7 @@ template <class From> struct Normalization {
     return {centre.high, centre.low, centre.unit, scale.times(centre.rstd), scale.bias};
   }
   __device__ __forceinline__ bool slow(const Affine& entry) const { return !REAL_IS_DOUBLE && entry.scale != entry.scale; }
-  __device__ __forceinline__ Exact exact_entry(int n, int c) const {
-    const int u = unit(n, c);
-    const Scale scale = tables.scale(c);
-    return {statistics.mean(u), statistics.low(u), statistics.rstd(u), exactly(scale.weight), exactly(scale.bias)};
-  }
+  __device__ __forceinline__ Statistic exact_group(int u) const { return tables.statistic(u); }
 
   __device__ __forceinline__ const x_t* input(int n, int r) const { return x.row(n, r); }
   template <int K> __device__ __forceinline__ void load(Values<K>& values, const x_t* from, int e, int, int, int) const {
@@ -441,9 +463,11 @@ template <class From> struct Normalization {
   template <int K> __device__ __forceinline__ real fast(const Affine& entry, const Values<K>& values, int k) const {
     return activate(fma(centred(entry, to_real<X_DTYPE>(values.x.element[k])), entry.scale, entry.shift));
   }
-  template <int K> __device__ __forceinline__ double exact(const Exact& entry, const Values<K>& values, int k) const {
-    const double d = (to_double<X_DTYPE>(values.x.element[k]) - entry.mean) - entry.low;
-    const double z = fma(d * entry.rstd, entry.weight, entry.bias);
+  template <int K>
+  __device__ __forceinline__ double exact(const Statistic& group, int c, const Values<K>& values, int k) const {
+    const double d = (to_double<X_DTYPE>(values.x.element[k]) - group.mean) - group.low;
+    const Scale scale = tables.scale(c);
+    const double z = fma(d * group.rstd, exactly(scale.weight), exactly(scale.bias));
     return ACTIVATION == IDENTITY ? z : (double)activate((real)z);
   }
 };
