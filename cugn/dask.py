@@ -3,8 +3,8 @@
 Where no group is cut (only the batch is chunked, or the channels between groups) each chunk is a call of its own, one
 task. Otherwise there are two passes, as `parts` says: moments of each chunk, merged in a tree of fixed order, then one
 task a chunk that applies them; the backward adds a tree for its sums. All layers but the trees are blockwise and fuse:
-the graph is linear in the number of chunks. Nothing is computed before ``.compute()``. A chunk is computed on the thread
-that its task runs on, and on no other: the processors are Dask's to share out.
+the graph is linear in the number of chunks. Nothing is computed before ``.compute()``. A chunk is computed by the one
+thread that runs its task: the processors are Dask's to share out.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def backward(
         return call.like_x(blocks, 0), *call.channel_sums(blocks, dtype)
     statistics = call.statistics(where, mean, rstd)
     blocks = call.blockwise(_sums_block, dy=dy, statistics=statistics, **options)
-    means = call.objects(_means, call.over_groups(blocks, _first), call.batch_index, statistics, call.batch_index)
+    means = call.over_groups(blocks, _first, _means, statistics)
     dx = call.blockwise(
         _gradient_block, dy=dy, statistics=statistics, means=means, where=where, dtype=call.y_dtype, **options
     )
@@ -310,19 +310,23 @@ class _Call:
         given = [] if rstd is None else [*self._aligned("mean", mean), *self._aligned("rstd", rstd)]
         enough = plan.x_dtype != "float64" and bool(given) and mean.dtype == np.float64
         if enough and where is None and not math.isnan(plan.S):
-            return self.objects(partial(_given, count=np.diff(plan.group_bounds) * plan.S), *given)
+            return self._objects(partial(_given, count=np.diff(plan.group_bounds) * plan.S), *given)
         parts = self.blockwise(Part.of, where=where)
         statistics = self.over_groups(parts, None, partial(_statistics, groups=plan.G, eps=plan.eps))
-        return self.objects(_with_rstd, statistics, self.batch_index, *given[2:]) if given else statistics
+        return self._objects(_with_rstd, statistics, self.batch_index, *given[2:]) if given else statistics
 
-    def objects(self, function: Any, *operands: Any) -> Array:
+    def _objects(self, function: Any, *operands: Any) -> Array:
         """An object of each chunk along the batch."""
         meta = self._meta(len(self.batch_index))
         return da.blockwise(function, self.batch_index, *operands, dtype=np.float64, meta=meta, align_arrays=False)
 
-    def over_groups(self, blocks: Array, take: Any, finish: Any = None) -> Array:
-        """An object of each chunk along the batch: `take` of its blocks, merged, then `finish` of the result."""
-        return self._tree(blocks, tuple(axis for axis in self.index if axis not in self.batch_index), take, finish)
+    def over_groups(self, blocks: Array, take: Any, finish: Any, *beside: Array) -> Array:
+        """An object of each chunk along the batch: `take` of its blocks, merged, then `finish` of the result.
+
+        `finish` also takes the objects of that chunk that are in `beside`.
+        """
+        axes = tuple(axis for axis in self.index if axis not in self.batch_index)
+        return self._tree(blocks, axes, take, finish, *beside)
 
     def channel_sums(self, blocks: Array, dtype: Any) -> tuple[Array, Array]:
         """dweight and dbias from the `ChannelSums` that are the last item of each block."""
@@ -342,11 +346,12 @@ class _Call:
         )
         return dweight, dbias
 
-    def _tree(self, blocks: Array, axes: tuple[int, ...], take: Any, finish: Any = None) -> Array:
+    def _tree(self, blocks: Array, axes: tuple[int, ...], take: Any, finish: Any = None, *beside: Array) -> Array:
         """Merge the objects of blocks along axes: runs of up to FAN_IN, in order, until one is left."""
         kept = [axis for axis in self.index if axis not in axes]
-        token = tokenize(blocks.name, axes, take, finish)
-        name, graph = f"merged-{token}", {}
+        token = tokenize(blocks.name, axes, take, finish, *(array.name for array in beside))
+        name = f"merged-{token}"
+        graph: dict[Any, Any] = {}
         for place in np.ndindex(*(blocks.numblocks[axis] for axis in kept)):
             at = dict(zip(kept, place, strict=True))
             positions = ([at[axis]] if axis in at else range(blocks.numblocks[axis]) for axis in self.index)
@@ -357,8 +362,8 @@ class _Call:
                 keys = [(f"merged-partly-{token}", level, *place, k) for k in range(len(runs))]
                 graph.update((key, (_merged, run, item)) for key, run in zip(keys, runs, strict=True))
                 level, item = level + 1, None
-            graph[(name, *place)] = (_merged, keys, item, finish)
-        layers = HighLevelGraph.from_collections(name, graph, dependencies=[blocks])
+            graph[(name, *place)] = (_merged, keys, item, finish, *((array.name, *place) for array in beside))
+        layers = HighLevelGraph.from_collections(name, graph, dependencies=[blocks, *beside])
         return da.Array(layers, name, tuple(blocks.chunks[axis] for axis in kept), meta=self._meta(len(kept)))
 
 
@@ -392,9 +397,9 @@ def _last(block: Any) -> Any:
     return block[-1]
 
 
-def _merged(blocks: Sequence[Any], take: Any, finish: Any = None) -> Any:
+def _merged(blocks: Sequence[Any], take: Any, finish: Any = None, *beside: Any) -> Any:
     result = merged(blocks if take is None else [take(block) for block in blocks])
-    return result if finish is None else finish(result)
+    return result if finish is None else finish(result, *beside)
 
 
 def _statistics(part: Part, groups: int, eps: float) -> Statistics:

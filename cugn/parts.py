@@ -253,7 +253,9 @@ class PartSums(NamedTuple):
 
     def merge(self, other: PartSums) -> PartSums:
         """Sums over the elements of both."""
-        present = np.union1d(self.present, other.present)
+        present = self.present
+        if not np.array_equal(present, other.present):
+            present = np.union1d(present, other.present)
         a, b = self.on(present), other.on(present)
         return PartSums(present, a.sum_wdy + b.sum_wdy, a.sum_wdy_xhat + b.sum_wdy_xhat)
 
