@@ -220,17 +220,13 @@ class _Call:
                 arrays += self._aligned(name, operand)
                 names.append(name)
         return da.blockwise(
-            _on_chunk,
+            partial(_on_chunk, function, names, self.axes, options),  # what is bound so is no part of any task's graph
             self.index,
             *(self.x, self.index, self.labels, (self.plan.channel_axis,), *arrays),
             token=function.__qualname__.strip("_"),
-            function=function,
-            names=tuple(names),
-            axes=tuple(self.axes),
             dtype=dtype,
             meta=self._meta(self.x.ndim, dtype),
             align_arrays=False,
-            **options,
         )
 
     def _aligned(self, name: str, operand: Array) -> tuple[Array, tuple[int, ...]]:
@@ -362,7 +358,11 @@ class _Call:
                 keys = [(f"merged-partly-{token}", level, *place, k) for k in range(len(runs))]
                 graph.update((key, (_merged, run, item)) for key, run in zip(keys, runs, strict=True))
                 level, item = level + 1, None
-            graph[(name, *place)] = (_merged, keys, item, finish, *((array.name, *place) for array in beside))
+            others = [  # of which one may serve all samples
+                (array.name, *(k if n > 1 else 0 for k, n in zip(place, array.numblocks, strict=True)))
+                for array in beside
+            ]
+            graph[(name, *place)] = (_merged, keys, item, finish, *others)
         layers = HighLevelGraph.from_collections(name, graph, dependencies=[blocks, *beside])
         return da.Array(layers, name, tuple(blocks.chunks[axis] for axis in kept), meta=self._meta(len(kept)))
 
@@ -422,9 +422,12 @@ def _means(sums: PartSums, statistics: Statistics) -> tuple[Array, Array]:
     return sums.means(statistics.count)
 
 
-def _on_chunk(x: Array, labels: Array, *arrays: Any, function: Any, names: Any, axes: Any, **options: Any) -> Any:
+def _on_chunk(
+    function: Any, names: Sequence[str], axes: Axes, options: dict[str, Any], x: Array, labels: Array, *arrays: Any
+) -> Any:
+    operands = dict(zip(names, map(_alone, arrays), strict=True))
     with threads.alone():
-        return function(x, labels, Axes(*axes), **dict(zip(names, map(_alone, arrays), strict=True)), **options)
+        return function(x, labels, axes, **operands, **options)
 
 
 def _normalized_block(x: Array, labels: Array, axes: Axes, **operands: Any) -> Array:
