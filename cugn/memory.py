@@ -20,8 +20,8 @@ LEAST = 2 * HUGE_PAGE
 
 
 def result_like(x: Any) -> Any:
-    """`out` for a result of x's shape (float32 for integers); None where the engine's own choice is as good."""
-    if not (isinstance(x, np.ndarray) and x.flags.c_contiguous and x.dtype.isnative):
+    """`out` for a result of x's shape and memory order, float32 for integers; None where it would make no difference."""
+    if not isinstance(x, np.ndarray) or not x.dtype.isnative:
         return None
     dtype = np.dtype(np.float32) if x.dtype.kind in "iu" else x.dtype
     size = x.size * dtype.itemsize
@@ -29,4 +29,6 @@ def result_like(x: Any) -> Any:
         return None
     memory = np.empty(size + HUGE_PAGE, np.uint8)
     start = -memory.__array_interface__["data"][0] % HUGE_PAGE
-    return memory[start : start + size].view(dtype).reshape(x.shape)
+    flat = memory[start : start + size].view(dtype)
+    axes = sorted(range(x.ndim), key=lambda axis: -abs(x.strides[axis]))  # as np.empty_like lays them
+    return flat.reshape([x.shape[axis] for axis in axes]).transpose(np.argsort(axes))
