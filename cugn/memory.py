@@ -20,7 +20,7 @@ LEAST = 2 * HUGE_PAGE
 
 
 def result_like(x: Any) -> Any:
-    """`out` for a result of x's shape and memory order, float32 for integers; None where it would make no difference."""
+    """`out` for a result of x's shape and memory order, float32 for integers; None where it would change nothing."""
     if not isinstance(x, np.ndarray) or not x.dtype.isnative:
         return None
     dtype = np.dtype(np.float32) if x.dtype.kind in "iu" else x.dtype
