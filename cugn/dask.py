@@ -3,7 +3,8 @@
 Where no group is cut (only the batch is chunked, or the channels between groups) each chunk is a call of its own, one
 task. Otherwise there are two passes, as `parts` says: moments of each chunk, merged in a tree of fixed order, then one
 task a chunk that applies them; the backward adds a tree for its sums. All layers but the trees are blockwise and fuse:
-the graph is linear in the number of chunks. Nothing is computed before ``.compute()``.
+the graph is linear in the number of chunks. Nothing is computed before ``.compute()``. A chunk is computed by the one
+thread that runs its task: the processors are Dask's to share out.
 """
 
 from __future__ import annotations
@@ -11,15 +12,31 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import dask.array as da
 import numpy as np
 from array_api_compat import array_namespace
 from dask.array.utils import meta_from_array
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph
 
-from . import functional, reference
-from .parts import Axes, ChannelSums, Part, Statistics, gradient, gradient_sums, local_groups, merged, normalized, pick
+from . import functional, reference, threads
+from .memory import result_like
+from .parts import (
+    Axes,
+    ChannelSums,
+    Part,
+    PartSums,
+    Statistics,
+    gradient,
+    gradient_sums,
+    local_groups,
+    merged,
+    normalized,
+    pick,
+)
 from .plan import Plan
 
 __all__ = ["backward", "double_backward", "forward", "jvp", "moments", "normalize", "serves"]
@@ -74,9 +91,9 @@ def backward(
         return call.like_x(blocks, 0), *call.channel_sums(blocks, dtype)
     statistics = call.statistics(where, mean, rstd)
     blocks = call.blockwise(_sums_block, dy=dy, statistics=statistics, **options)
-    sums = call.over_groups(blocks, _first)
+    means = call.over_groups(blocks, _first, _means, statistics)
     dx = call.blockwise(
-        _gradient_block, dy=dy, statistics=statistics, sums=sums, where=where, dtype=call.y_dtype, **options
+        _gradient_block, dy=dy, statistics=statistics, means=means, where=where, dtype=call.y_dtype, **options
     )
     return dx, *call.channel_sums(blocks, dtype)
 
@@ -87,7 +104,7 @@ def moments(plan: Plan, x: Array, where: Array) -> tuple[Array, Array, Array]:
     if call.whole:
         blocks = call.blockwise(_moments_block, where=where)
         return call.statistic(blocks, 0, np.int64), call.statistic(blocks, 1), call.statistic(blocks, 2)
-    total = call.over_groups(call.blockwise(_part_block, where=where), _itself, partial(_total, groups=plan.G))
+    total = call.over_groups(call.blockwise(Part.of, where=where), None, partial(_total, groups=plan.G))
     return call.field(total, "count", np.int64), call.field(total, "mean"), call.field(total, "m2")
 
 
@@ -192,7 +209,7 @@ class _Call:
             )
 
     def blockwise(self, function: Any, *, dtype: Any = np.float64, **operands: Any) -> Array:
-        """Blockwise ``function(x, labels, *arrays, names=..., axes=..., **options)`` over the chunks of x."""
+        """Blockwise ``function(x, labels, axes, **operands)`` over the chunks of x."""
         arrays: list[Any] = []
         names: list[str] = []
         options: dict[str, Any] = {}
@@ -203,21 +220,19 @@ class _Call:
                 arrays += self._aligned(name, operand)
                 names.append(name)
         return da.blockwise(
-            function,
+            partial(_on_chunk, function, names, self.axes, options),  # what is bound so is no part of any task's graph
             self.index,
             *(self.x, self.index, self.labels, (self.plan.channel_axis,), *arrays),
-            names=tuple(names),
-            axes=tuple(self.axes),
+            token=function.__qualname__.strip("_"),
             dtype=dtype,
             meta=self._meta(self.x.ndim, dtype),
             align_arrays=False,
-            **options,
         )
 
     def _aligned(self, name: str, operand: Array) -> tuple[Array, tuple[int, ...]]:
         """An operand in chunks that meet x's, and the index of each of its axes."""
         plan = self.plan
-        if name in ("statistics", "sums"):
+        if name in ("statistics", "means"):
             return operand, self.batch_index
         if name in ("mean", "rstd"):
             index = (*plan.batch_axes, self.groups_index)
@@ -292,8 +307,8 @@ class _Call:
         enough = plan.x_dtype != "float64" and bool(given) and mean.dtype == np.float64
         if enough and where is None and not math.isnan(plan.S):
             return self._objects(partial(_given, count=np.diff(plan.group_bounds) * plan.S), *given)
-        parts = self.blockwise(_part_block, where=where)
-        statistics = self.over_groups(parts, _itself, partial(_statistics, groups=plan.G, eps=plan.eps))
+        parts = self.blockwise(Part.of, where=where)
+        statistics = self.over_groups(parts, None, partial(_statistics, groups=plan.G, eps=plan.eps))
         return self._objects(_with_rstd, statistics, self.batch_index, *given[2:]) if given else statistics
 
     def _objects(self, function: Any, *operands: Any) -> Array:
@@ -301,9 +316,13 @@ class _Call:
         meta = self._meta(len(self.batch_index))
         return da.blockwise(function, self.batch_index, *operands, dtype=np.float64, meta=meta, align_arrays=False)
 
-    def over_groups(self, blocks: Array, take: Any, finish: Any = None) -> Array:
-        """An object of each chunk along the batch: `take` of its blocks, merged, then `finish` of the result."""
-        return self._tree(blocks, tuple(axis for axis in self.index if axis not in self.batch_index), take, finish)
+    def over_groups(self, blocks: Array, take: Any, finish: Any, *beside: Array) -> Array:
+        """An object of each chunk along the batch: `take` of its blocks, merged, then `finish` of the result.
+
+        `finish` also takes the objects of that chunk that are in `beside`.
+        """
+        axes = tuple(axis for axis in self.index if axis not in self.batch_index)
+        return self._tree(blocks, axes, take, finish, *beside)
 
     def channel_sums(self, blocks: Array, dtype: Any) -> tuple[Array, Array]:
         """dweight and dbias from the `ChannelSums` that are the last item of each block."""
@@ -323,21 +342,29 @@ class _Call:
         )
         return dweight, dbias
 
-    def _tree(self, blocks: Array, axes: tuple[int, ...], take: Any, finish: Any = None) -> Array:
-        """Merge the objects of blocks along axes, always in the same order."""
-        cut = sum(blocks.numblocks[axis] > 1 for axis in axes)
-        fan_in = max(2, int(FAN_IN ** (1 / max(cut, 1))))
-        return da.reduction(
-            blocks,
-            chunk=partial(_taken, take=take),
-            combine=_merged,
-            aggregate=partial(_merged, finish=finish),
-            axis=axes,
-            split_every=dict.fromkeys(axes, fan_in),
-            concatenate=False,
-            dtype=np.float64,
-            meta=self._meta(blocks.ndim - len(axes)),
-        )
+    def _tree(self, blocks: Array, axes: tuple[int, ...], take: Any, finish: Any = None, *beside: Array) -> Array:
+        """Merge the objects of blocks along axes: runs of up to FAN_IN, in order, until one is left."""
+        kept = [axis for axis in self.index if axis not in axes]
+        token = tokenize(blocks.name, axes, take, finish, *(array.name for array in beside))
+        name = f"merged-{token}"
+        graph: dict[Any, Any] = {}
+        for place in np.ndindex(*(blocks.numblocks[axis] for axis in kept)):
+            at = dict(zip(kept, place, strict=True))
+            positions = ([at[axis]] if axis in at else range(blocks.numblocks[axis]) for axis in self.index)
+            keys: list[Any] = [(blocks.name, *position) for position in product(*positions)]
+            level, item = 0, take
+            while len(keys) > FAN_IN:
+                runs = [keys[start : start + FAN_IN] for start in range(0, len(keys), FAN_IN)]
+                keys = [(f"merged-partly-{token}", level, *place, k) for k in range(len(runs))]
+                graph.update((key, (_merged, run, item)) for key, run in zip(keys, runs, strict=True))
+                level, item = level + 1, None
+            others = [  # of which one may serve all samples
+                (array.name, *(k if n > 1 else 0 for k, n in zip(place, array.numblocks, strict=True)))
+                for array in beside
+            ]
+            graph[(name, *place)] = (_merged, keys, item, finish, *others)
+        layers = HighLevelGraph.from_collections(name, graph, dependencies=[blocks, *beside])
+        return da.Array(layers, name, tuple(blocks.chunks[axis] for axis in kept), meta=self._meta(len(kept)))
 
 
 # What follows runs on the workers. An operand comes in a list where the blocks along a whole axis, of which there is
@@ -348,10 +375,6 @@ def _alone(block: Any) -> Any:
     while isinstance(block, list):
         (block,) = block
     return block
-
-
-def _named(names: Sequence[str], arrays: Sequence[Any]) -> dict[str, Any]:
-    return dict(zip(names, map(_alone, arrays), strict=True))
 
 
 def _item(block: Any, item: int) -> Array:
@@ -366,10 +389,6 @@ def _attribute(block: Any, attribute: str) -> Array:
     return getattr(block, attribute)
 
 
-def _itself(block: Any) -> Any:
-    return block
-
-
 def _first(block: Any) -> Any:
     return block[0]
 
@@ -378,17 +397,9 @@ def _last(block: Any) -> Any:
     return block[-1]
 
 
-def _taken(block: Any, take: Any, axis: Any, keepdims: bool) -> Any:
-    return take(block)
-
-
-def _merged(blocks: Any, axis: Any, keepdims: bool, finish: Any = None) -> Any:
-    result = merged(_flat(blocks))
-    return result if finish is None else finish(result)
-
-
-def _flat(blocks: Any) -> list[Any]:
-    return [item for block in blocks for item in _flat(block)] if isinstance(blocks, list) else [blocks]
+def _merged(blocks: Sequence[Any], take: Any, finish: Any = None, *beside: Any) -> Any:
+    result = merged(blocks if take is None else [take(block) for block in blocks])
+    return result if finish is None else finish(result, *beside)
 
 
 def _statistics(part: Part, groups: int, eps: float) -> Statistics:
@@ -407,65 +418,62 @@ def _with_rstd(statistics: Statistics, rstd: Any) -> Statistics:
     return statistics.with_rstd(_alone(rstd))
 
 
-def _keywords(axes: tuple[Any, ...]) -> dict[str, Any]:
-    return Axes(*axes).keywords
+def _means(sums: PartSums, statistics: Statistics) -> tuple[Array, Array]:
+    return sums.means(statistics.count)
 
 
-def _part_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any) -> Part:
-    return Part.of(x, labels, Axes(*axes), **_named(names, arrays))
+def _on_chunk(
+    function: Any, names: Sequence[str], axes: Axes, options: dict[str, Any], x: Array, labels: Array, *arrays: Any
+) -> Any:
+    operands = dict(zip(names, map(_alone, arrays), strict=True))
+    with threads.alone():
+        return function(x, labels, axes, **operands, **options)
 
 
-def _normalized_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any, activation: Any) -> Array:
-    return normalized(x, labels, Axes(*axes), activation=activation, **_named(names, arrays))
+def _normalized_block(x: Array, labels: Array, axes: Axes, **operands: Any) -> Array:
+    return normalized(x, labels, axes, out=result_like(x), **operands)
 
 
-def _sums_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any, activation: Any) -> Any:
-    operands = _named(names, arrays)
-    return gradient_sums(operands.pop("dy"), x, labels, Axes(*axes), activation=activation, **operands)
+def _sums_block(x: Array, labels: Array, axes: Axes, dy: Array, **operands: Any) -> Any:
+    return gradient_sums(dy, x, labels, axes, **operands)
 
 
-def _gradient_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any, activation: Any) -> Array:
-    operands = _named(names, arrays)
-    return gradient(operands.pop("dy"), x, labels, Axes(*axes), activation=activation, **operands)
+def _gradient_block(x: Array, labels: Array, axes: Axes, dy: Array, **operands: Any) -> Array:
+    return gradient(dy, x, labels, axes, out=result_like(x), **operands)
 
 
-def _normalize_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any, activation: Any) -> Array:
-    operands = _named(names, arrays)
+def _normalize_block(x: Array, labels: Array, axes: Axes, mean: Array, rstd: Array, **operands: Any) -> Array:
     present, groups, _ = local_groups(labels)
-    mean, rstd = (pick(operands.pop(name), present) for name in ("mean", "rstd"))
-    return functional.normalize(x, mean, rstd, groups, activation=activation, **operands, **_keywords(axes))
+    mean, rstd = pick(mean, present), pick(rstd, present)
+    return functional.normalize(x, mean, rstd, groups, out=result_like(x), **operands, **axes.keywords)
 
 
-def _moments_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any) -> Any:
-    return tuple(functional.moments(x, local_groups(labels)[1], **_named(names, arrays), **_keywords(axes)))
+def _moments_block(x: Array, labels: Array, axes: Axes, **operands: Any) -> Any:
+    return tuple(functional.moments(x, local_groups(labels)[1], **operands, **axes.keywords))
 
 
-def _forward_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any, **options: Any) -> Any:
+def _forward_block(x: Array, labels: Array, axes: Axes, **operands: Any) -> Any:
     groups = local_groups(labels)[1]
-    return tuple(functional.group_norm_forward(x, groups, **_named(names, arrays), **_keywords(axes), **options))
+    return tuple(functional.group_norm_forward(x, groups, out=result_like(x), **operands, **axes.keywords))
 
 
-def _backward_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any, **options: Any) -> Any:
-    operands = _wide(_named(names, arrays), x, labels)
+def _backward_block(x: Array, labels: Array, axes: Axes, dy: Array, **operands: Any) -> Any:
+    operands = _wide(operands, x, labels)
     present, groups, _ = local_groups(labels)
     for name in {"mean", "rstd"} & operands.keys():
         operands[name] = pick(operands[name], present)
-    dx, dweight, dbias = functional.group_norm_backward(
-        operands.pop("dy"), x, groups, **operands, **_keywords(axes), **options
-    )
+    dx, dweight, dbias = functional.group_norm_backward(dy, x, groups, out=result_like(x), **operands, **axes.keywords)
     return dx, _sums(dweight, dbias)
 
 
-def _jvp_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any, **options: Any) -> Array:
-    operands = _named(names, arrays)
+def _jvp_block(x: Array, labels: Array, axes: Axes, tx: Array, **operands: Any) -> Array:
     groups = local_groups(labels)[1]
-    return functional.group_norm_jvp(operands.pop("tx"), x, groups, **operands, **_keywords(axes), **options)
+    return functional.group_norm_jvp(tx, x, groups, out=result_like(x), **operands, **axes.keywords)
 
 
-def _double_backward_block(x: Array, labels: Array, *arrays: Any, names: Any, axes: Any, **options: Any) -> Any:
-    operands = _wide(_named(names, arrays), x, labels)
-    ddx, dy, groups = operands.pop("ddx"), operands.pop("dy"), local_groups(labels)[1]
-    grads = functional.group_norm_double_backward(ddx, dy, x, groups, **operands, **_keywords(axes), **options)
+def _double_backward_block(x: Array, labels: Array, axes: Axes, ddx: Array, dy: Array, **operands: Any) -> Any:
+    operands, groups = _wide(operands, x, labels), local_groups(labels)[1]
+    grads = functional.group_norm_double_backward(ddx, dy, x, groups, **operands, **axes.keywords)
     return grads.gdy, grads.gx, _sums(grads.gweight, grads.gbias)
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
-__all__ = ["ALONE", "CALLER", "count", "get_num_threads", "run", "set_num_threads"]
+__all__ = ["ALONE", "CALLER", "alone", "count", "get_num_threads", "run", "set_num_threads"]
 
 ALONE, CALLER = -1, 0
 """What a thread is to a native call, its first argument: the caller, without helpers or with them; those are numbered
@@ -142,8 +143,31 @@ def set_num_threads(threads: int) -> None:
     count = threads
 
 
+class _Here(threading.local):
+    """What holds for the calls of one thread."""
+
+    alone = False
+
+
+_here = _Here()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Calls of this thread get no help meanwhile: the other processors have work of their own."""
+    before = _here.alone
+    _here.alone = True
+    try:
+        yield
+    finally:
+        _here.alone = before
+
+
 def run(entry: Callable[..., int], arguments: tuple[int, ...], threads: int) -> None:
     """Call a kernel with the help of up to threads - 1 others; returns when all of its work is done."""
+    if _here.alone:
+        entry(ALONE, 0, *arguments)
+        return
     pool = _pool
     if pool.size < threads - 1:
         pool.grow(threads - 1)
