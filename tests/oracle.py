@@ -160,10 +160,12 @@ def mp_act(name: str | None, z: Any) -> Any:
 
 
 def _normal_cdf(z: np.ndarray) -> np.ndarray:
+    # beyond 200 it is 0 or 1 in the range of any dtype here, and mpmath has no erfc of 1e307
+    values = np.where(np.isnan(z), z, (z > 0).astype(LONG))
+    near = np.abs(z) <= 200
     with mpmath.workdps(30):
-        values = [_long(mpmath.erfc(-_mpf(v) / mpmath.sqrt(2)) / 2) if np.isfinite(v) else v for v in z.ravel()]
-    values = [LONG(1) if v == np.inf else LONG(0) if v == -np.inf else v for v in values]
-    return np.array(values, dtype=LONG).reshape(z.shape)
+        values[near] = [_long(mpmath.erfc(-_mpf(v) / mpmath.sqrt(2)) / 2) for v in z[near]]
+    return values
 
 
 def _mpf(value: Any) -> Any:
