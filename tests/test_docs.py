@@ -188,6 +188,7 @@ def test_every_public_name_has_its_place_in_the_api():
         "family",
         "functional",
         "layout",
+        "memory",
         "moments",
         "overlap",
         "parts",
