@@ -106,10 +106,10 @@ def test_gradients_of_channels_add_up_in_float64() -> None:
     """Rounded once, to the nearest: sums in float32 of 64 chunks are off by some units.
 
     Where groups are cut, and for a float64 weight everywhere, the terms are float64 sums, and the gradients exact to
-    half a unit. Where no group is cut a chunk is one call, whose dx must have the bits of the NumPy call, and a weight of
-    float32 (or none) makes that a computation in float32 blocks: its dweight is rounded to float32, in each chunk. What
-    Dask adds to those is still half a unit; against the exact sum the bound is the promised one of each chunk, 4 eps of
-    the sum of its terms, and so of all of them.
+    half a unit. Where no group is cut a chunk is one call, whose dx must have the bits of the NumPy call, and a weight
+    of float32 (or none) makes that a computation in float32 blocks: its dweight is rounded to float32, in each chunk.
+    What Dask adds to those is still half a unit; against the exact sum the bound is the promised one of each chunk, 4
+    eps of the sum of its terms, and so of all of them.
     """
     rng = np.random.default_rng(0)
     x, dy = rng.normal(size=(2, 64, 4, 5)).astype(np.float32)
