@@ -172,6 +172,7 @@ def coefficient_kernel(compute: str, tangents: bool = False) -> Any:
     """
     store_c, _, _ = storer(compute, "float64")
     size = 4 if compute == "float32" else 8
+    single = compute == "float32"  # float64 keeps the digits of a mean in two parts, whatever x was shifted by before
 
     @inner
     def expand(
@@ -191,7 +192,7 @@ def coefficient_kernel(compute: str, tangents: bool = False) -> Any:
         tangent = bias + word(geometry, w.BIAS_AT) - word(geometry, w.WEIGHT_AT)
         shift_tangent = tangent + word(geometry, w.BIAS_AT) - word(geometry, w.WEIGHT_AT)
         zero, one = splat(0.0), splat(1.0)
-        unfolded = zero if fold else one
+        unfolded = zero if single and fold else one
         c = channel0
         while c < channel0 + channels:
             record = records + group_of(geometry, c) * w.RECORD_BYTES
@@ -203,7 +204,7 @@ def coefficient_kernel(compute: str, tangents: bool = False) -> Any:
             power, high, low = load_f64(record, w.POWER), load_f64(record, w.MINUS_HIGH), load_f64(record, w.MINUS_LOW)
             ratio, slope, offset = load_f64(record, w.RATIO), load_f64(record, w.SLOPE), load_f64(record, w.OFFSET)
             # weights up to which the coefficients are folded: none where the group's are not
-            most = splat(2.0**60 if fold and foldable(record, arrays) else -1.0)
+            most = splat(2.0**60 if single and fold and foldable(record, arrays) else -1.0)
             for j in range(0, together * inner_size, LANES):
                 at = target + ((c - channel0) * inner_size + j) * size
                 if inner_size == 1:
