@@ -3,7 +3,7 @@
 No GPU and no driver: NVRTC compiles straight to machine code. A second for a kernel under one set of options and an
 architecture is too much for all of them in every run, so here each kernel for each dtype meets each architecture, each
 further option one of them, and so does every 40th combination of options. CUGN_EVERY_KERNEL=1 compiles everything that
-the engine can build for one architecture each, CUGN_EVERY_KERNEL=7 for all (half an hour, and hours).
+the engine can build, for all architectures (hours on two cores); CUGN_EVERY_KERNEL=once for one each (an hour).
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def distance(s: cuda.Specialisation) -> int:
 def jobs() -> list[tuple[cuda.Specialisation, int]]:
     """What is compiled, and for which architectures."""
     everything = cuda.specialisations()
-    wanted = int(os.environ.get("CUGN_EVERY_KERNEL", 0))
-    if wanted > 1:
-        return [(s, arch) for s in everything for arch in sass.ARCHITECTURES[:wanted]]
+    wanted = os.environ.get("CUGN_EVERY_KERNEL")
+    if wanted and wanted != "once":
+        return [(s, arch) for s in everything for arch in sass.ARCHITECTURES]
     base = [s for s in everything if distance(s) == 0]
     single = [s for s in everything if distance(s) == 1]
     several = [s for s in everything if distance(s) > 1]

@@ -226,7 +226,9 @@ def _own(plan: Plan, x: Array, mean: Array, rstd: Array, where: Array) -> bool:
         count, own, m2 = moments(plan, x, where)
         scale = 1 / np.sqrt(m2 / count + plan.eps)
         near = np.abs(own - mean) * scale <= 1e-9 * (1 + np.abs(own) * scale)
-        return bool((near & (np.abs(scale - rstd) <= 1e-9 * scale)).all())
+        near &= np.abs(scale - rstd) <= 1e-9 * scale
+        none = np.isnan(own) & np.isnan(mean) & np.isnan(rstd)  # of a group of which a mask keeps nothing, or spoiled
+        return bool((near | none).all())
 
 
 def backward(

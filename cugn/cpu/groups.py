@@ -166,8 +166,8 @@ def coefficient_kernel(compute: str, tangents: bool = False) -> Any:
 
     The first `arrays` of: power, minus_high, minus_low of the group, weight * RATIO, bias, SLOPE, OFFSET of the group;
     with `tangents` also weight's tangent * RATIO, bias's tangent, and the last seven words of the group's record.
-    With `fold` the coefficients of x itself, and 1, -0.0, -0.0 for the first three, where a group and the weight allow
-    that: the same bits whether a loop makes use of it or not. CALL_FOLDED says whether all are such.
+    With `fold`, in float32, the coefficients of x itself, and 1, -0.0, -0.0 for the first three, where a group and the
+    weight allow that: the same bits whether a loop makes use of it or not. CALL_FOLDED says whether all are such.
     A participant keeps those of whole rows from chunk to chunk: `tag` says which task and phase they are for.
     """
     store_c, _, _ = storer(compute, "float64")

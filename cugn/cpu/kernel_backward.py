@@ -122,31 +122,30 @@ def sums_phase(kind: Kind) -> tuple[Any, Any]:
             folded = scratch + word(geometry, w.BLOCKS_AT)
             record = records
             p, h, m = lanes_of(record)
+            finite = True
             for c in range(channels):
                 if labelled:
                     record = records + group_of(geometry, channel0 + c) * w.RECORD_BYTES
                     p, h, m = lanes_of(record)
-                scale = load_f64(record, w.RATIO) * load_f64(weight, first + c)
                 run(
-                    pv + c * length * y_size, v_step, px + c * length * x_size, x_step, rows, length,
-                    p, h, m, scale, load_f64(bias, first + c), folded + c % LANES * FOLDED,
+                    pv + c * length * y_size, v_step, px + c * length * x_size, x_step, rows, length, p, h, m,
+                    load_f64(record, w.RATIO) * load_f64(weight, first + c), load_f64(bias, first + c),
+                    folded + c % LANES * FOLDED,
                 )  # fmt: skip
-                start_c = c - c % LANES
-                if (c - start_c == LANES - 1 or c == channels - 1) and unfold(
-                    folded, c + 1 - start_c, out + 8 * start_c, padded
-                ):
-                    for k in range(start_c, c + 1):
-                        s, t = load_f64(out, k), load_f64(out + padded, k)
-                        if not (abs(s) + abs(t) < math.inf):
-                            of_k = records
-                            if labelled:
-                                of_k = records + group_of(geometry, channel0 + k) * w.RECORD_BYTES
-                            pk, hk, mk = lanes_of(of_k)
-                            scale = load_f64(of_k, w.RATIO) * load_f64(weight, first + k)
-                            careful(
-                                pv + k * length * y_size, v_step, px + k * length * x_size, x_step, rows, length,
-                                pk, hk, mk, scale, load_f64(bias, first + k), out + 8 * k, padded,
-                            )  # fmt: skip
+                if c % LANES == LANES - 1 or c == channels - 1:
+                    block = c - c % LANES
+                    finite &= unfold(folded, c + 1 - block, out + 8 * block, padded)
+            if not finite:
+                for c in range(channels):
+                    if labelled:
+                        record = records + group_of(geometry, channel0 + c) * w.RECORD_BYTES
+                        p, h, m = lanes_of(record)
+                    if not (abs(load_f64(out, c)) + abs(load_f64(out + padded, c)) < math.inf):
+                        careful(
+                            pv + c * length * y_size, v_step, px + c * length * x_size, x_step, rows, length, p, h, m,
+                            load_f64(record, w.RATIO) * load_f64(weight, first + c), load_f64(bias, first + c),
+                            out + 8 * c, padded,
+                        )  # fmt: skip
             if masked and (double or load_i64(call, w.CALL_PHASE) == 1):
                 for c in range(channels):
                     if labelled:

@@ -244,14 +244,14 @@ def sum_kernels(v: str, x: str, compute: str, activation: str | None, v_size: in
 
     @inner
     def unfold(folded: int, channels: int, out: int, stride: int) -> bool:
-        # sums of up to 16 channels; whether a float32 one is not finite
+        # sums of up to 16 channels; whether all are finite, of which float64 ones need no account
         for k in range(SUMS if double else SUMS - 1):
             _store64_part(out + k * stride, folded_sums(folded + k * FOLDED_SUM), channels)
         if double:
-            return False
+            return True
         s = _load64_part(out, channels)
         t = _load64_part(out + stride, channels)
-        return reduce_add((s - s) + (t - t)) != 0.0
+        return reduce_add((s - s) + (t - t)) == 0.0
 
     @inner
     def some_columns(
