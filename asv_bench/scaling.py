@@ -23,6 +23,7 @@ import numpy as np
 from distributed import Client, LocalCluster, wait
 
 import cugn
+from cugn.dask import FAN_IN
 
 FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "scaling.png"
 GROUPS = 8
@@ -105,9 +106,9 @@ def graph(shape: tuple[int, ...], chunks: Any) -> tuple[int, int, float]:
 def exchanged(shape: tuple[int, ...], chunks: Any) -> tuple[int, int, int]:
     """Bytes of all partial results of a forward and a backward, levels of the tree, bytes of x."""
     counts = [math.ceil(n / c) for n, c in zip(shape, chunks, strict=True)]
-    cut = [count for count in counts[1:] if count > 1]
-    fan_in = max(2, int(16 ** (1 / max(len(cut), 1))))
-    depth = max((math.ceil(math.log(count, fan_in)) for count in cut), default=0)
+    depth, parts = 0, math.prod(counts[1:])  # of a sample
+    while parts > 1:
+        depth, parts = depth + 1, math.ceil(parts / FAN_IN)
     groups_of_chunk = max(1, chunks[1] * GROUPS // shape[1])
     per_chunk = 8 * (5 + 2) * chunks[0] * groups_of_chunk + 8 * 2 * chunks[1]
     return math.prod(counts) * per_chunk, depth, 4 * math.prod(shape)
