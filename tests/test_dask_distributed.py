@@ -55,6 +55,27 @@ def test_on_processes(client: Any, chunks: Any) -> None:
     check(grads, cugn.group_norm_backward(dy, x, 4, weight), 4)
 
 
+def test_masks_labels_and_moments_on_processes(client: Any) -> None:
+    x, dy, weight = data()
+    labels = [0, 1, 2, 0, 1, 2, 0, 0]
+    mask = np.random.default_rng(1).random((2, 1, 12, 10)) < 0.6
+    options = {"activation": "silu"}
+    lazy_x, lazy_dy, lazy_mask = (da.from_array(a, (1, 3, 5, 5)) for a in (x, dy, mask))
+    y = cugn.group_norm(lazy_x, labels, weight, where=lazy_mask, **options)
+    grads = cugn.group_norm_backward(lazy_dy, lazy_x, labels, weight, where=lazy_mask, **options)
+    m = cugn.moments(lazy_x, labels, where=lazy_mask)
+    normalized = cugn.normalize(lazy_x, m.mean, m.rstd(1e-5), labels, weight, **options)
+    futures = client.compute([y, *grads, normalized, m.count, m.mean, m.m2])
+    y, *grads, normalized, count, mean, m2 = client.gather(futures)
+    wanted = cugn.group_norm(x, labels, weight, where=mask, **options)
+    check([y, normalized], [wanted, wanted], 3)
+    check(grads, cugn.group_norm_backward(dy, x, labels, weight, where=mask, **options), 4)
+    whole = cugn.moments(x, labels, where=mask)
+    np.testing.assert_array_equal(count, whole.count)
+    np.testing.assert_allclose(mean, whole.mean, rtol=1e-14)
+    np.testing.assert_allclose(m2, whole.m2, rtol=1e-11)
+
+
 def _slow(block: Any) -> Any:
     time.sleep(0.05)
     return block

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -350,6 +353,32 @@ def test_full_disk(tmp_path: Path, x: Any) -> None:
     assert listing(tmp_path) == ["x.npy"]
 
 
+def test_a_disk_that_is_too_full_shows_before_the_work(tmp_path: Path, x: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "x.npy", x)
+    usage = shutil.disk_usage(tmp_path)._replace(free=x.nbytes - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(files.NpySource, "read", None)  # nothing may be read
+    with pytest.raises(files.FileError, match=r"y\.npy: no room for 115 kB: 115 kB are free"):
+        files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", 4)
+    assert listing(tmp_path) == ["x.npy"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_memory_of_a_file_that_is_larger(tmp_path: Path) -> None:
+    """One sample of 400 MB, two passes: the process stays below the 200 MB that it was given."""
+    np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (1, 8, 100, 125_000))  # holes: quick to read
+    program = (
+        "import sys; from cugn.files import main; code = main(sys.argv[1:]); "
+        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", program, "x.npy", "y.npy", "--groups", "4", "--memory", "200MB"]
+    environment = os.environ | {"PYTHONPATH": str(Path(cugn.__file__).parents[1])}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert "y.npy: 2 passes" in result.stdout
+    assert 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", result.stdout)[1]) < 200e6
+    assert (tmp_path / "y.npy").stat().st_size == (tmp_path / "x.npy").stat().st_size
+
+
 def test_failure_in_the_middle_leaves_nothing(tmp_path: Path, x: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     np.save(tmp_path / "x.npy", x)
     (tmp_path / "y.npy").write_text("old")
@@ -392,26 +421,42 @@ def test_two_runs_to_one_target(tmp_path: Path, x: Any) -> None:
 
 
 def _again_and_again(source: Path, target: Path) -> None:
+    """Normalize to one .npy file that is replaced each time, or to one Zarr array after the other."""
     files.BLOCK_BYTES = 1 << 15
-    while True:
-        files.normalize_file(source, target, 4, save_stats=source.with_name("s.npz"))
+    for k in itertools.count():
+        path = target if target.suffix == ".npy" else target.with_stem(f"y{k}")
+        files.normalize_file(source, path, 4, save_stats=source.with_name("s.npz"))
+
+
+def _write(path: Path, x: Any) -> None:
+    if path.suffix == ".npy":
+        np.save(path, x)
+    else:
+        chunks = (1, 4, 16, 128)
+        pytest.importorskip("zarr").create_array(path, shape=x.shape, dtype=x.dtype, chunks=chunks)[...] = x
+
+
+def _read(path: Path) -> Any:
+    return np.load(path) if path.suffix == ".npy" else pytest.importorskip("zarr").open_array(path, mode="r")[...]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is a signal of POSIX systems")
-def test_killed_at_random(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", [".npy", ".zarr"])
+def test_killed_at_random(tmp_path: Path, suffix: str) -> None:
     x = np.random.default_rng(0).normal(size=(4, 8, 64, 256)).astype(np.float32)
-    source, target = tmp_path / "x.npy", tmp_path / "y.npy"
-    np.save(source, x)
+    source, target = tmp_path / f"x{suffix}", tmp_path / f"y{suffix}"
+    _write(source, x)
     wanted = cugn.group_norm(x, 4)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cugn.files", "cugn.engines"])
+    context.set_forkserver_preload(["cugn.files", "cugn.engines", "zarr"][: 2 + (suffix == ".zarr")])
     moments = random.Random(1)
     partial = complete = 0
     start = time.perf_counter()
     files.normalize_file(source, target, 4, save_stats=tmp_path / "s.npz")
     duration = time.perf_counter() - start
     for _ in range(20):
-        target.unlink(missing_ok=True)
+        for old in tmp_path.glob(f"y*{suffix}"):
+            old.unlink() if old.is_file() else shutil.rmtree(old)
         process = context.Process(target=_again_and_again, args=(source, target), daemon=True)
         process.start()
         deadline = time.monotonic() + 60
@@ -421,13 +466,17 @@ def test_killed_at_random(tmp_path: Path) -> None:
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        partial += (tmp_path / ".y.npy.part").exists()
-        if target.exists():
+        partial += any(tmp_path.glob(f".y*{suffix}.part"))
+        for path in tmp_path.glob(f"y*{suffix}"):
             complete += 1
-            check(np.load(target), wanted)
-    # The kills have met both a file that was being written and one that was complete.
+            check(_read(path), wanted)
+    # The kills have met both files that were being written and complete ones.
     assert partial > 0
     assert complete > 0
-    files.normalize_file(source, target, 4)
-    check(np.load(target), wanted)
-    assert not (tmp_path / ".y.npy.part").exists()
+    # What is left half-written is taken over by the next run to that name.
+    for path in {target, *(target.with_name(part.stem[1:]) for part in tmp_path.glob(".y*.part"))}:
+        if path.is_dir():
+            shutil.rmtree(path)
+        files.normalize_file(source, path, 4)
+        check(_read(path), wanted)
+    assert not list(tmp_path.glob(".*.part"))

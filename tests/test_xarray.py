@@ -30,7 +30,9 @@ def test_apply_ufunc_hands_dask_arrays_over(field: Any) -> None:
     wanted = xr.apply_ufunc(cugn.group_norm, field, kwargs=kwargs, keep_attrs=True)
     # both are rounded once from statistics that agree to 1e-10
     np.testing.assert_allclose(lazy.compute(), wanted, rtol=2e-7, atol=2e-7)
-    assert wanted.attrs == {"units": "K"}
+    for result in (lazy, wanted):
+        assert (result.name, result.attrs, result.dims) == (field.name, {"units": "K"}, DIMS)
+        xr.testing.assert_identical(result.coords.to_dataset(), field.coords.to_dataset())
 
 
 @pytest.mark.parametrize("chunked", [False, True])
