@@ -163,7 +163,7 @@ def _smallest(plan: Plan) -> int:
 def _kind_of_work(plan: Plan, shape: geometry.Geometry, compute: str) -> Kind:
     """What a plan's kernel is compiled for."""
     labelled = plan.labels is not None
-    kinds = (plan.x_dtype, plan.y_dtype, compute, plan.activation, shape.by_rows, shape.strided, labelled, plan.masked)
+    kinds = (plan.x_dtype, plan.y_dtype, compute, plan.activation, shape.by_rows, shape.dense, labelled, plan.masked)
     return Kind(*kinds)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from . import words as w
 from .access import array_word, word
-from .compile import inner
+from .compile import apart, inner
 from .simd import load_i32, load_i64, load_u8, load_u16, store_i32, store_i64, store_u8, store_u16
 
 
@@ -62,7 +61,7 @@ def offset_of(axes: int, count: int, index: int) -> int:
     return offset
 
 
-@inner
+@apart
 def move_chunk(
     geometry: int,
     array: int,
@@ -113,55 +112,68 @@ def move_chunk(
                 index += count
 
 
-@cache
-def chunk_memory(strided: bool) -> tuple[Any, Any, Any]:
-    """open_chunk, row_bytes and close_chunk for dense arrays, which are used in place, or for strided ones.
+@inner
+def open_dense(
+    geometry: int, array: int, base: int, n: int, row0: int, rows: int, channel0: int, channels: int,
+    start: int, length: int, piece: int, read: bool,
+) -> int:  # fmt: skip
+    """Address of a dense array's chunk."""
+    inside = (channel0 * word(geometry, w.INNER) + start) * array_word(geometry, array, w.ITEMSIZE)
+    return base + n * array_word(geometry, array, w.SN) + row0 * array_word(geometry, array, w.SO) + inside
+
+
+@inner
+def row_bytes_dense(geometry: int, array: int, channels: int, length: int) -> int:
+    """Distance between the rows of a dense array."""
+    return array_word(geometry, array, w.SO)
+
+
+@inner
+def close_dense(
+    geometry: int, array: int, base: int, n: int, row0: int, rows: int, channel0: int, channels: int,
+    start: int, length: int, piece: int,
+) -> None:  # fmt: skip
+    """Nothing: results are where they belong."""
+
+
+@apart
+def open_any(
+    geometry: int, array: int, base: int, n: int, row0: int, rows: int, channel0: int, channels: int,
+    start: int, length: int, piece: int, read: bool,
+) -> int:  # fmt: skip
+    """Address of an array's chunk: in place, or a piece of memory, with a strided one's elements if they are read."""
+    if array_word(geometry, array, w.STRIDED) == 0:
+        return open_dense(geometry, array, base, n, row0, rows, channel0, channels, start, length, piece, read)
+    if read:
+        move_chunk(geometry, array, base, n, row0, rows, channel0, channels, start, length, piece, True)
+    return piece
+
+
+@apart
+def row_bytes_of_any(geometry: int, array: int, channels: int, length: int) -> int:
+    """Distance between the rows of an open chunk."""
+    if array_word(geometry, array, w.STRIDED) == 0:
+        return array_word(geometry, array, w.SO)
+    return channels * length * array_word(geometry, array, w.ITEMSIZE)
+
+
+@apart
+def close_any(
+    geometry: int, array: int, base: int, n: int, row0: int, rows: int, channel0: int, channels: int,
+    start: int, length: int, piece: int,
+) -> None:  # fmt: skip
+    """Write the results of a strided array's chunk back."""
+    if array_word(geometry, array, w.STRIDED) != 0:
+        move_chunk(geometry, array, base, n, row0, rows, channel0, channels, start, length, piece, False)
+
+
+def chunk_memory(dense: bool) -> tuple[Any, Any, Any]:
+    """open_chunk, row_bytes and close_chunk for dense arrays, which are used in place, or for any.
 
     open_chunk(geometry, array, base, n, row0, rows, channel0, channels, start, length, piece, read) -> address
     row_bytes(geometry, array, channels, length) -> distance between its rows
     close_chunk(the same without read) writes a strided chunk's results back
+
+    Forward and backward of dense arrays know that they are: there is less to compile before a first call.
     """
-    if strided:
-
-        @inner
-        def open_chunk(
-            geometry: int, array: int, base: int, n: int, row0: int, rows: int, channel0: int, channels: int,
-            start: int, length: int, piece: int, read: bool,
-        ) -> int:  # fmt: skip
-            if read:
-                move_chunk(geometry, array, base, n, row0, rows, channel0, channels, start, length, piece, True)
-            return piece
-
-        @inner
-        def row_bytes(geometry: int, array: int, channels: int, length: int) -> int:
-            return channels * length * array_word(geometry, array, w.ITEMSIZE)
-
-        @inner
-        def close_chunk(
-            geometry: int, array: int, base: int, n: int, row0: int, rows: int, channel0: int, channels: int,
-            start: int, length: int, piece: int,
-        ) -> None:  # fmt: skip
-            move_chunk(geometry, array, base, n, row0, rows, channel0, channels, start, length, piece, False)
-
-        return open_chunk, row_bytes, close_chunk
-
-    @inner
-    def open_dense(
-        geometry: int, array: int, base: int, n: int, row0: int, rows: int, channel0: int, channels: int,
-        start: int, length: int, piece: int, read: bool,
-    ) -> int:  # fmt: skip
-        inside = (channel0 * word(geometry, w.INNER) + start) * array_word(geometry, array, w.ITEMSIZE)
-        return base + n * array_word(geometry, array, w.SN) + row0 * array_word(geometry, array, w.SO) + inside
-
-    @inner
-    def row_bytes_dense(geometry: int, array: int, channels: int, length: int) -> int:
-        return array_word(geometry, array, w.SO)
-
-    @inner
-    def close_dense(
-        geometry: int, array: int, base: int, n: int, row0: int, rows: int, channel0: int, channels: int,
-        start: int, length: int, piece: int,
-    ) -> None:  # fmt: skip
-        pass
-
-    return open_dense, row_bytes_dense, close_dense
+    return (open_dense, row_bytes_dense, close_dense) if dense else (open_any, row_bytes_of_any, close_any)

@@ -17,6 +17,7 @@ from llvmlite.binding import Linkage
 from numba.core import types
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
+from numba.core.types.misc import unliteral
 
 
 class _LinkedLibrary(JITCodeLibrary):
@@ -50,6 +51,8 @@ class _KernelLibrary(JITCodeLibrary):
         for function in self._final_module.functions:
             if not function.is_declaration and function.linkage == Linkage.linkonce_odr:
                 function.linkage = "internal"
+                if any(name in function.name for name in _APART):
+                    function.add_function_attribute("noinline")
         try:
             passes, builder = self.codegen._module_pass_manager(loop_vectorize=False, slp_vectorize=False)
         except (AttributeError, TypeError, ValueError):  # another Numba's passes: right as well, and slower
@@ -72,6 +75,7 @@ class _InnerCompiler(Compiler):
         super().__init__(typingctx, targetctx, library, args, *rest)
 
 
+_APART: set[str] = set()
 _OPTIONS = {"nogil": True, "error_model": "numpy", "_nrt": False}
 
 
@@ -80,6 +84,18 @@ def inner(function: Callable[..., Any]) -> Any:
     return numba.njit(**_OPTIONS, no_cpython_wrapper=True, no_cfunc_wrapper=True, pipeline_class=_InnerCompiler)(
         function
     )
+
+
+def apart(function: Callable[..., Any]) -> Any:
+    """An inner function that stays one: for what is long, called from several places, and not for single elements.
+
+    Numba would compile it anew for each constant that it is called with, and LLVM put it into each of its callers.
+    """
+    _APART.add(f"{len(function.__name__)}{function.__name__}")  # as it stands in the mangled name
+    dispatcher = inner(function)
+    template = dispatcher.get_call_template
+    dispatcher.get_call_template = lambda args, kws: template(tuple(map(unliteral, args)), kws)
+    return dispatcher
 
 
 def compiled(function: Callable[..., Any], name: str) -> Any:

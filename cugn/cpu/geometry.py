@@ -56,7 +56,7 @@ class Geometry:
     work_bytes: int
     threads: int
     by_rows: bool
-    strided: bool
+    dense: bool
     table: bool
     axes: tuple[np.ndarray[Any, np.dtype[np.int64]], ...]
     """Memory that the words point to."""
@@ -272,7 +272,7 @@ def of(
         work_bytes,
         slots,
         by_rows,
-        not dense,
+        dense,
         table,
         axes,
     )

@@ -89,10 +89,10 @@ def group_of(geometry: int, channel: int) -> int:
 
 @cache
 def moments_finisher(
-    dtype: str, compute: str, array: int, by_rows: bool, strided: bool, labelled: bool = False, masked: bool = False
+    dtype: str, compute: str, array: int, by_rows: bool, dense: bool, labelled: bool = False, masked: bool = False
 ) -> Any:
     """finish(geometry, call, task, store, scratch): records of a task's groups; mean and rstd to their arrays."""
-    _, merge_task, group_moments = statistics(dtype, compute, array, by_rows, strided, labelled, masked)
+    _, merge_task, group_moments = statistics(dtype, compute, array, by_rows, dense, labelled, masked)
     fill = record_writer(compute)
 
     @inner
@@ -122,7 +122,7 @@ def moments_finisher(
 
 def moments_phase(kind: Kind, array: int = 0) -> tuple[Any, Any]:
     """Phase 0 of every kernel that takes statistics: of a chunk, and what is made of a task's."""
-    options = (kind.x, kind.compute, array, kind.by_rows, kind.strided, kind.labelled, kind.masked)
+    options = (kind.x, kind.compute, array, kind.by_rows, kind.dense, kind.labelled, kind.masked)
     return statistics(*options)[0], moments_finisher(*options)
 
 

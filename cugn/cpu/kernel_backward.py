@@ -36,14 +36,14 @@ _X, _DY, _OUT = 0, 1, 2  # positions among the arrays of the geometry
 @cache
 def sums_phase(kind: Kind) -> tuple[Any, Any]:
     """Phase 1: sums of a chunk, and the records and gradients that come from a task's."""
-    x, y, compute, activation, by_rows, strided, labelled, masked, _ = kind
+    x, y, compute, activation, by_rows, dense, labelled, masked, _ = kind
     run, careful, unfold, columns = sum_kernels(y, x, compute, activation, itemsize(y), itemsize(x))
     run_kept, columns_kept = kept_sums(x, compute, itemsize(x))
     sums_kept = SUMS + masked
     fill = record_writer(compute)
     expand = coefficient_kernel(compute)
     lanes_of = record_lanes(compute)
-    open_chunk, row_bytes, _ = chunk_memory(strided)
+    open_chunk, row_bytes, _ = chunk_memory(dense)
     x_size, y_size = itemsize(x), itemsize(y)
     double = compute == "float64"
     active = activation is not None
@@ -217,12 +217,12 @@ def sums_phase(kind: Kind) -> tuple[Any, Any]:
 @cache
 def dx_phase(kind: Kind) -> Any:
     """Phase 2: dx of a chunk."""
-    x, y, compute, activation, by_rows, strided, labelled, masked, _ = kind
+    x, y, compute, activation, by_rows, dense, labelled, masked, _ = kind
     run, rows_kernel = apply_kernels(x, y, compute, activation, masked)
     expand = coefficient_kernel(compute)
     lanes_of = record_lanes(compute)
     lanes = to_compute(compute)
-    open_chunk, row_bytes, close_chunk = chunk_memory(strided)
+    open_chunk, row_bytes, close_chunk = chunk_memory(dense)
     x_size, y_size = itemsize(x), itemsize(y)
 
     @inner

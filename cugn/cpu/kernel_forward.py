@@ -29,7 +29,7 @@ def apply_chunk(kind: Kind) -> Any:
     run, rows_kernel = apply_kernels(kind.x, kind.y, kind.compute, kind.activation, x_size, y_size)
     expand = coefficient_kernel(kind.compute)
     lanes_of = record_lanes(kind.compute)
-    open_chunk, row_bytes, close_chunk = chunk_memory(kind.strided)
+    open_chunk, row_bytes, close_chunk = chunk_memory(kind.dense)
     by_rows, labelled = kind.by_rows, kind.labelled
 
     @inner

@@ -53,7 +53,7 @@ def kernel(operation: str, kind: Kind) -> Program:
 def _moments(kind: Kind) -> Program:
     masked = kind.masked
     chunk_moments, merge_task, group_moments = statistics(
-        kind.x, kind.compute, _X, kind.by_rows, kind.strided, kind.labelled, masked
+        kind.x, kind.compute, _X, kind.by_rows, kind.dense, kind.labelled, masked
     )
 
     @inner

@@ -65,12 +65,12 @@ def tangent_at(geometry: int, scratch: int, which: int) -> int:
 
 
 @cache
-def arrays_read(strided: bool, masked: bool, second: bool) -> Any:
+def arrays_read(dense: bool, masked: bool, second: bool) -> Any:
     """open_all(geometry, call, n, row0, rows, first, channels, start, length, scratch): a chunk of x, u, v and mask.
 
     Address and distance between rows of each; v is u where there is none, the mask 0.
     """
-    open_chunk, row_bytes, _ = chunk_memory(strided)
+    open_chunk, row_bytes, _ = chunk_memory(dense)
 
     @inner
     def open_all(
@@ -104,11 +104,11 @@ def arrays_read(strided: bool, masked: bool, second: bool) -> Any:
 @cache
 def sums_phase(kind: Kind, second: bool) -> tuple[Any, Any]:
     """Phase 1: sums of a chunk, and the coefficients and gradients that come from a task's."""
-    x, y, compute, activation, by_rows, strided, labelled, masked, _ = kind
+    x, y, compute, activation, by_rows, dense, labelled, masked, _ = kind
     run, columns = product_sums(x, y, compute, activation, second, masked)
     expand = coefficient_kernel(compute, tangents=True)
     lanes_of = record_lanes(compute)
-    open_all = arrays_read(strided, masked, second)
+    open_all = arrays_read(dense, masked, second)
     x_size, y_size = itemsize(x), itemsize(y)
     double = compute == "float64"
     active = activation is not None and second
@@ -229,13 +229,13 @@ def sums_phase(kind: Kind, second: bool) -> tuple[Any, Any]:
 @cache
 def apply_phase(kind: Kind, second: bool) -> Any:
     """Phase 2: the results of a chunk."""
-    x, y, compute, activation, by_rows, strided, _, masked, _ = kind
+    x, y, compute, activation, by_rows, dense, _, masked, _ = kind
     splats, run, rows_kernel = apply_kernels(x, y, compute, activation, second, masked)
     expand = coefficient_kernel(compute, tangents=True)
-    open_chunk, row_bytes, close_chunk = chunk_memory(strided)
+    open_chunk, row_bytes, close_chunk = chunk_memory(dense)
     x_size, y_size = itemsize(x), itemsize(y)
     arrays = coefficients_of(second)
-    open_all = arrays_read(strided, masked and second, second)
+    open_all = arrays_read(dense, masked and second, second)
     first_out = _V + 1 if second else _V
     other_out = first_out + 1 if second else first_out
 

@@ -39,7 +39,7 @@ def _prepared(plan: Plan, operation: str, arrays: list[Any], weight: Array, bias
         plan, arrays, threads.count, compute=compute, phases=2,
         weight_kind=_kind(weight, plan.y_dtype), bias_kind=_kind(bias, plan.y_dtype), **options,
     )  # fmt: skip
-    kind = _kind_of_work(plan, shape, compute)._replace(table=shape.table and operation == "normalize")
+    kind = _kind_of_work(plan, shape, compute)._replace(dense=False, table=shape.table and operation == "normalize")
     ready = plan.__dict__[f"cpu_{operation}"] = _ready(_kernel("parts", operation, kind), shape, weight, bias)
     return ready
 

@@ -21,7 +21,8 @@ class Kind(NamedTuple):
     activation: str | None
     by_rows: bool
     """Coefficients element by element of a row; else channels are runs."""
-    strided: bool
+    dense: bool
+    """Arrays are known to be used in place; else their geometry says it."""
     labelled: bool
     masked: bool
     table: bool = False

@@ -108,7 +108,7 @@ def rstd_of(m2: float, count: float, scale: float, eps: float) -> Any:
 
 @cache
 def statistics(
-    dtype: str, compute: str, array: int, by_rows: bool, strided: bool, labelled: bool = False, masked: bool = False
+    dtype: str, compute: str, array: int, by_rows: bool, dense: bool, labelled: bool = False, masked: bool = False
 ) -> tuple[Any, Any, Any]:
     """chunk(geometry, call, task, chunk, store, scratch), then merge(geometry, store, scratch) once for a task, and
     group(geometry, call, task, group, store, scratch, out): a group's partial, whose scale it returns.
@@ -122,7 +122,7 @@ def statistics(
     _, load_part = loader(dtype, compute)
     size = itemsize(dtype)
     double = compute == "float64"
-    open_chunk, row_bytes, _ = chunk_memory(strided)
+    open_chunk, row_bytes, _ = chunk_memory(dense)
 
     @inner
     def keep(geometry: int, partial: int, target: int, layer: int, channel: int) -> None:

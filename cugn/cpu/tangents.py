@@ -42,7 +42,7 @@ def _prepared(plan: Plan, operation: str, arrays: list[Any], weight: Array, bias
         gradients=2 if second else 0, writes=2 if second else 1, vectors=4, coefficients=coefficients_of(second),
         weight_kind=_kind(weight, plan.y_dtype), bias_kind=_kind(bias, plan.y_dtype),
     )  # fmt: skip
-    kind = _kind_of_work(plan, shape, compute)
+    kind = _kind_of_work(plan, shape, compute)._replace(dense=False)
     ready = plan.__dict__[f"cpu_{operation}"] = _ready(_kernel("tangent", operation, kind), shape, weight, bias)
     return ready
 
