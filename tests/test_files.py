@@ -379,6 +379,24 @@ def test_on_the_disk_before_it_has_its_name(tmp_path: Path, x: Any, monkeypatch:
     assert order == ["fsync", "replace", "fsync"]  # the file, its name, the folder
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system has no posix_fadvise")
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_on_the_way_to_the_disk_while_it_is_computed(
+    tmp_path: Path, x: Any, order: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranges that the system is asked to write follow on each other, and cover all but the last of them."""
+    monkeypatch.setattr(files, "WRITE_BEHIND", 20_000)
+    monkeypatch.setattr(files, "WRITE_BYTES", 1_000)
+    np.save(tmp_path / "x.npy", np.asarray(x, order=order))
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, start, size, advice: asked.append((start, start + size)))
+    files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", 4, save_stats=tmp_path / "s.npz", threads=2)
+    check(np.load(tmp_path / "y.npy"), cugn.group_norm(x, 4))
+    assert [start for start, _ in asked] == [0, *(stop for _, stop in asked[:-1])]
+    size = (tmp_path / "y.npy").stat().st_size
+    assert size - 20_000 <= asked[-1][1] <= size
+
+
 def test_two_runs_to_one_target(tmp_path: Path, x: Any) -> None:
     pytest.importorskip("fcntl")
     np.save(tmp_path / "x.npy", x)
