@@ -2,7 +2,8 @@
 
 Samples that fit in memory are read once and normalized by themselves. Larger ones take two passes over blocks of a few
 megabytes, as `parts` says: moments of each block, merged, then their application. Blocks are small on purpose: one that
-stays in the cache between reading, computing and writing costs little more than its copy.
+stays in the cache between reading, computing and writing costs little more than its copy. Several threads read and
+compute, one at a time writes, and what is written is on its way to the disk meanwhile.
 
 The output grows under a temporary name beside its final one and is renamed when it is complete and on the disk.
 """
@@ -40,6 +41,8 @@ __all__ = ["FileError", "add_arguments", "main", "normalize_file", "run"]
 Array = Any
 Index = tuple[slice, ...]
 BLOCK_BYTES = 2 << 20  # of input; stays in the cache of a core
+WRITE_BYTES = 256 << 10  # at a time: 2 GB took 1.65 s of system time, by 2 MB at a time 2.65 s
+WRITE_BEHIND = 64 << 20  # bytes that are written before the system is asked to bring them to the disk
 _WINDOWS = os.name == "nt"  # where an open file can be neither renamed nor removed
 COPIES = 3  # of a block in memory at a time: as read, as computed, as written
 
@@ -168,6 +171,8 @@ class NpyTarget:
     def __init__(self, path: Path, source: NpySource, dtype: np.dtype[Any]) -> None:
         self.path, self.part = path, _part_name(path)
         self.nbytes = math.prod(source.shape) * dtype.itemsize
+        self.turn = threading.Lock()
+        self.written = self.sent = 0
         with _writing(path, self.nbytes):
             if path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -197,13 +202,18 @@ class NpyTarget:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def write(self, index: Index, values: Array) -> None:
-        """Write one block."""
+        """Write one block; one thread at a time, for the system lets in no other and has it spin meanwhile."""
         values = np.ascontiguousarray(values.T if self.layout.fortran else values)
-        with _writing(self.path, self.nbytes), open(self.part, "r+b", buffering=0) as file:
-            file.seek(self.layout.position(index))
+        with self.turn, _writing(self.path, self.nbytes), open(self.part, "r+b", buffering=0) as file:
+            start = file.seek(self.layout.position(index))
             view = memoryview(values.reshape(-1).view(np.uint8))
             while view:
-                view = view[file.write(view) :]
+                view = view[file.write(view[:WRITE_BYTES]) :]
+            self.written = max(self.written, start + values.nbytes)
+            if self.written - self.sent > WRITE_BEHIND and hasattr(os, "posix_fadvise"):
+                # Linux begins to write what is not wanted in memory: fsync at the end finds little left to do.
+                os.posix_fadvise(file.fileno(), self.sent, self.written - self.sent, os.POSIX_FADV_DONTNEED)
+                self.sent = self.written
 
     def commit(self) -> None:
         """Bring everything to the disk, then give the file its name."""

@@ -408,6 +408,24 @@ def test_on_the_disk_before_it_has_its_name(tmp_path: Path, x: Any, monkeypatch:
     assert order == ["fsync", "replace", "fsync"]  # the file, its name, the folder
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system has no posix_fadvise")
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_on_the_way_to_the_disk_while_it_is_computed(
+    tmp_path: Path, x: Any, order: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranges that the system is asked to write follow on each other, and cover all but the last of them."""
+    monkeypatch.setattr(files, "WRITE_BEHIND", 20_000)
+    monkeypatch.setattr(files, "WRITE_BYTES", 1_000)
+    np.save(tmp_path / "x.npy", np.asarray(x, order=order))
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, start, size, advice: asked.append((start, start + size)))
+    files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", 4, save_stats=tmp_path / "s.npz", threads=2)
+    check(np.load(tmp_path / "y.npy"), cugn.group_norm(x, 4))
+    assert [start for start, _ in asked] == [0, *(stop for _, stop in asked[:-1])]
+    size = (tmp_path / "y.npy").stat().st_size
+    assert size - 20_000 <= asked[-1][1] <= size
+
+
 def test_two_runs_to_one_target(tmp_path: Path, x: Any) -> None:
     pytest.importorskip("fcntl")
     np.save(tmp_path / "x.npy", x)
@@ -420,9 +438,12 @@ def test_two_runs_to_one_target(tmp_path: Path, x: Any) -> None:
     assert listing(tmp_path) == ["x.npy", "y.npy"]
 
 
-def _again_and_again(source: Path, target: Path) -> None:
+def _again_and_again(source: Path, target: Path, begun: Any) -> None:
     """Normalize to one .npy file that is replaced each time, or to one Zarr array after the other."""
     files.BLOCK_BYTES = 1 << 15
+    shutil.rmtree(source.with_stem("first"), ignore_errors=True)
+    files.normalize_file(source, source.with_stem("first"), 4, save_stats=source.with_name("s.npz"))
+    begun.set()  # everything is loaded: the next ones take equally long
     for k in itertools.count():
         path = target if target.suffix == ".npy" else target.with_stem(f"y{k}")
         files.normalize_file(source, path, 4, save_stats=source.with_name("s.npz"))
@@ -441,8 +462,8 @@ def _read(path: Path) -> Any:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL is a signal of POSIX systems")
-@pytest.mark.parametrize("suffix", [".npy", ".zarr"])
-def test_killed_at_random(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize(("suffix", "kills"), [(".npy", 20), (".zarr", 8)])
+def test_killed_at_random(tmp_path: Path, suffix: str, kills: int) -> None:
     x = np.random.default_rng(0).normal(size=(4, 8, 64, 256)).astype(np.float32)
     source, target = tmp_path / f"x{suffix}", tmp_path / f"y{suffix}"
     _write(source, x)
@@ -454,14 +475,13 @@ def test_killed_at_random(tmp_path: Path, suffix: str) -> None:
     start = time.perf_counter()
     files.normalize_file(source, target, 4, save_stats=tmp_path / "s.npz")
     duration = time.perf_counter() - start
-    for _ in range(20):
+    for _ in range(kills):
         for old in tmp_path.glob(f"y*{suffix}"):
             old.unlink() if old.is_file() else shutil.rmtree(old)
-        process = context.Process(target=_again_and_again, args=(source, target), daemon=True)
+        begun = context.Event()
+        process = context.Process(target=_again_and_again, args=(source, target, begun), daemon=True)
         process.start()
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob(".*.part")) and time.monotonic() < deadline:  # under way
-            time.sleep(0.001)
+        assert begun.wait(60)
         time.sleep(moments.uniform(0, 2 * duration))
         assert process.pid is not None
         os.kill(process.pid, signal.SIGKILL)
