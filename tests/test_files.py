@@ -497,6 +497,6 @@ def test_killed_at_random(tmp_path: Path, suffix: str, kills: int) -> None:
     for path in {target, *(target.with_name(part.stem[1:]) for part in tmp_path.glob(".y*.part"))}:
         if path.is_dir():
             shutil.rmtree(path)
-        files.normalize_file(source, path, 4)
+        files.normalize_file(source, path, 4, save_stats=tmp_path / "s.npz")
         check(_read(path), wanted)
     assert not list(tmp_path.glob(".*.part"))

@@ -1,7 +1,7 @@
 """dx of a run of one channel, or of rows with coefficients element by element: the loops of the backward's last phase.
 
-x and dy are read once and dx written once: dx = POWER * (A*dz + B*t + C), with t = x_hat / RATIO and dz = dy * act'(z).
-Under a mask B*t + C is for the elements that are kept.
+x and dy are read once and dx written once: dx = DX_POWER * (A*dz + B*t + C), with t = x_hat / RATIO and
+dz = dy * act'(z). Under a mask B*t + C is for the elements that are kept.
 """
 
 from __future__ import annotations
@@ -30,44 +30,46 @@ def apply_kernels(x: str, y: str, compute: str, activation: str | None, masked: 
     store, store_part, store_stream = storer(y, compute)
     slope = activation_kernels(compute, activation)[1]
     active = activation is not None
+    double = compute == "float64"
     lanes = to_compute(compute)
     x_size, y_size = itemsize(x), itemsize(y)
     c_size = 4 if compute == "float32" else 8
     alignment = min(64, LANES * y_size)
 
     @inner
-    def gradient(xv: Any, v: Any, pm: int, p: Any, h: Any, m: Any, a: Any, b: Any, c: Any, shift: Any) -> Any:
+    def gradient(xv: Any, v: Any, pm: int, p: Any, h: Any, m: Any, a: Any, b: Any, c: Any, shift: Any, q: Any) -> Any:
         t = fma(xv, p, h) + m
         if active:
             v = slope(v, fma(t, a, shift))
         rest = fma(b, t, c)
         if masked:
             rest = select(load_mask(pm), rest, lanes(0.0))
-        return fma(a, v, rest) * p
+        return fma(a, v, rest) * q
 
     @inner
     def gradient_part(
-        xv: Any, v: Any, pm: int, left: int, p: Any, h: Any, m: Any, a: Any, b: Any, c: Any, shift: Any
-    ) -> Any:
+        xv: Any, v: Any, pm: int, left: int, p: Any, h: Any, m: Any, a: Any, b: Any, c: Any, shift: Any,
+        q: Any,
+    ) -> Any:  # fmt: skip
         t = fma(xv, p, h) + m
         if active:
             v = slope(v, fma(t, a, shift))
         rest = fma(b, t, c)
         if masked:
             rest = select(load_mask_part(pm, left), rest, lanes(0.0))
-        return fma(a, v, rest) * p
+        return fma(a, v, rest) * q
 
     @inner
     def run(
-        px: int, pv: int, pm: int, py: int, count: int, p: Any, h: Any, m: Any, b: Any, c: Any, scale: float,
-        shift: float, stream: bool,
+        px: int, pv: int, pm: int, py: int, count: int, p: Any, h: Any, m: Any, q: Any, b: Any, c: Any,
+        scale: float, shift: float, stream: bool,
     ) -> None:  # fmt: skip
         a = lanes(scale)
         s = lanes(shift)
         if count >= _ALIGN_FROM:
             head = (-py & (alignment - 1)) // y_size
             if head > 0:
-                v = gradient_part(load_x_part(px, head), load_v_part(pv, head), pm, head, p, h, m, a, b, c, s)
+                v = gradient_part(load_x_part(px, head), load_v_part(pv, head), pm, head, p, h, m, a, b, c, s, q)
                 store_part(py, v, head)
                 px += head * x_size
                 pv += head * y_size
@@ -76,21 +78,21 @@ def apply_kernels(x: str, y: str, compute: str, activation: str | None, masked: 
                 count -= head
             if stream and py & (alignment - 1) == 0:
                 while count >= LANES:
-                    store_stream(py, gradient(load_x(px), load_v(pv), pm, p, h, m, a, b, c, s))
+                    store_stream(py, gradient(load_x(px), load_v(pv), pm, p, h, m, a, b, c, s, q))
                     px += LANES * x_size
                     pv += LANES * y_size
                     pm += LANES
                     py += LANES * y_size
                     count -= LANES
         while count >= LANES:
-            store(py, gradient(load_x(px), load_v(pv), pm, p, h, m, a, b, c, s))
+            store(py, gradient(load_x(px), load_v(pv), pm, p, h, m, a, b, c, s, q))
             px += LANES * x_size
             pv += LANES * y_size
             pm += LANES
             py += LANES * y_size
             count -= LANES
         if count > 0:
-            v = gradient_part(load_x_part(px, count), load_v_part(pv, count), pm, count, p, h, m, a, b, c, s)
+            v = gradient_part(load_x_part(px, count), load_v_part(pv, count), pm, count, p, h, m, a, b, c, s, q)
             store_part(py, v, count)
 
     @inner
@@ -108,23 +110,24 @@ def apply_kernels(x: str, y: str, compute: str, activation: str | None, masked: 
             s = load_c(coefficients + 4 * each)
             b = load_c(coefficients + 5 * each)
             c = load_c(coefficients + 6 * each)
+            q = load_c(coefficients + 7 * each) if double else p
             if width == 0:
                 width = min(left, LANES)
             if width < LANES:
                 for r in range(rows):
                     xr = load_x_part(px + r * x_step, width)
                     v = load_v_part(pv + r * v_step, width)
-                    v = gradient_part(xr, v, pm + r * m_step, width, p, h, m, a, b, c, s)
+                    v = gradient_part(xr, v, pm + r * m_step, width, p, h, m, a, b, c, s, q)
                     store_part(py + r * y_step, v, width)
             elif stream:
                 for r in range(rows):
                     xr = load_x(px + r * x_step)
-                    v = gradient(xr, load_v(pv + r * v_step), pm + r * m_step, p, h, m, a, b, c, s)
+                    v = gradient(xr, load_v(pv + r * v_step), pm + r * m_step, p, h, m, a, b, c, s, q)
                     store_stream(py + r * y_step, v)
             else:
                 for r in range(rows):
                     xr = load_x(px + r * x_step)
-                    v = gradient(xr, load_v(pv + r * v_step), pm + r * m_step, p, h, m, a, b, c, s)
+                    v = gradient(xr, load_v(pv + r * v_step), pm + r * m_step, p, h, m, a, b, c, s, q)
                     store(py + r * y_step, v)
             coefficients += width * c_size
             px += width * x_size

@@ -214,11 +214,18 @@ def _statistics(plan: Plan, values: Array) -> Array:
     return np.ascontiguousarray(np.broadcast_to(values, plan.stats_shape), np.float64)
 
 
+def _is_exacting(plan: Plan) -> bool:
+    """Whether the backward needs more digits of the statistics than the caller can give."""
+    if plan.y_dtype != "float64":
+        return False
+    return plan.activation in GATES or (not plan.masked and 2 in np.diff(plan.group_bounds) * plan.S)
+
+
 def _own(plan: Plan, x: Array, mean: Array, rstd: Array, where: Array) -> bool:
     """Whether statistics that the caller gave are x's, so that the kernel may take them itself.
 
     In float64 the slope of a gate needs a mean of more digits than one float64 has: at mean/std 1e4, dx would be off by
-    six times its bound.
+    six times its bound. A group of two elements needs as many of rstd: 50 times.
     """
     from .parts import moments
 
@@ -237,7 +244,7 @@ def backward(
     """Gradients with respect to x, weight and bias."""
     if out is None:
         out = _empty_result(plan, x)
-    if mean is not None and plan.y_dtype == "float64" and plan.activation in GATES and _own(plan, x, mean, rstd, where):
+    if mean is not None and _is_exacting(plan) and _own(plan, x, mean, rstd, where):
         mean = rstd = None
     first = 0 if mean is None else 1
     name = "cpu_backward" if mean is None else "cpu_backward_given"

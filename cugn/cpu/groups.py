@@ -165,7 +165,8 @@ def coefficient_kernel(compute: str, tangents: bool = False) -> Any:
     element.
 
     The first `arrays` of: power, minus_high, minus_low of the group, weight * RATIO, bias, SLOPE, OFFSET of the group;
-    with `tangents` also weight's tangent * RATIO, bias's tangent, and the last seven words of the group's record.
+    in float64 also DX_POWER; with `tangents`, in its place, weight's tangent * RATIO, bias's tangent, and the last
+    seven words of the group's record.
     With `fold`, in float32, the coefficients of x itself, and 1, -0.0, -0.0 for the first three, where a group and the
     weight allow that: the same bits whether a loop makes use of it or not. CALL_FOLDED says whether all are such.
     A participant keeps those of whole rows from chunk to chunk: `tag` says which task and phase they are for.
@@ -227,6 +228,9 @@ def coefficient_kernel(compute: str, tangents: bool = False) -> Any:
                 if arrays > 5:
                     store_c(at + 5 * each, select(fits, splat(slope * power * power), splat(slope)))
                     store_c(at + 6 * each, select(fits, splat(power * fma(slope, high + low, offset)), splat(offset)))
+                if not (single or tangents):  # noqa: SIM102 - as below
+                    if arrays > 7:
+                        store_c(at + 7 * each, splat(load_f64(record, w.DX_POWER)))
                 if tangents:  # noqa: SIM102 - known when the kernel is compiled, which otherwise has none of it
                     if arrays > 7:
                         if inner_size == 1:

@@ -1,7 +1,7 @@
 """The backward kernel: moments (phase 0, if they were not given), sums of dz and dz*x_hat (phase 1), dx (phase 2).
 
 dy and x are read twice and dx written once; a group that fits in cache costs one reading of each. dz = dy *
-act'(z). With A = weight*RATIO, B and C of the group: dx = POWER * (A*dz + B*t + C), t = x_hat / RATIO. dweight and
+act'(z). With A = weight*RATIO, B and C of the group: dx = DX_POWER * (A*dz + B*t + C), t = x_hat / RATIO. dweight and
 dbias are sums over samples of the channels' sums: in parts of PART_SAMPLES samples, each part in order and without
 loss (two float64), the parts in order at the end. Under a mask the sums are over all elements, since the statistics
 are in each of their outputs, and B*t + C is for those that are kept, since only they are in the statistics.
@@ -24,8 +24,8 @@ from .groups import coefficient_kernel, data_of, group_of, moments_phase, record
 from .labelled import group_sums
 from .masked import kept_sums, mask_step, open_mask
 from .program import GATES, Kind, Program
-from .simd import LANES, fma, load_f64, load_i64, store_f64, store_i64
-from .statistics import itemsize, record_writer
+from .simd import LANES, bits_float, fma, load_f64, load_i64, store_f64, store_i64
+from .statistics import itemsize, pair, record_writer
 from .sums import add_layers, sum_kernels
 from .table import sample_kernel
 from .words import FOLDED, SUMS
@@ -206,6 +206,9 @@ def sums_phase(kind: Kind) -> tuple[Any, Any]:
             mean_v_xhat = over_group(geometry, g, totals + padded, weight, scratch) / count
             store_f64(record, w.OFFSET, -ratio * mean_v)
             store_f64(record, w.SLOPE, -ratio * ratio * mean_v_xhat)
+            if double and not masked:  # noqa: SIM102 - known when the kernel is compiled
+                if elements == 2.0 and load_i64(call, w.CALL_PHASE) == 0:
+                    pair(record, bits_float(word(geometry, w.EPS)))
             if elements == 1.0:
                 store_f64(record, w.RATIO, 0.0)
                 store_f64(record, w.OFFSET, 0.0)
@@ -224,6 +227,8 @@ def dx_phase(kind: Kind) -> Any:
     lanes = to_compute(compute)
     open_chunk, row_bytes, close_chunk = chunk_memory(dense)
     x_size, y_size = itemsize(x), itemsize(y)
+    double = compute == "float64"
+    arrays = 7 + double
 
     @inner
     def chunk_dx(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
@@ -250,7 +255,7 @@ def dx_phase(kind: Kind) -> Any:
             pm = open_mask(geometry, call, n, row0, rows, first, channels, start, length, scratch)
             m_step = mask_step(geometry, channels, length)
         if by_rows:
-            expand(geometry, call, 2 * task + 1, task, channel0, channels, store, scratch, 7, True)
+            expand(geometry, call, 2 * task + 1, task, channel0, channels, store, scratch, arrays, True)
             coefficients = scratch + word(geometry, w.COEFFICIENTS_AT)
             each = word(geometry, w.COEFFICIENT_BYTES)
             cols = channels * length
@@ -261,6 +266,7 @@ def dx_phase(kind: Kind) -> Any:
             bias = scratch + word(geometry, w.BIAS_AT)
             record = store
             p, h, m = lanes_of(record)
+            q = lanes(load_f64(record, w.DX_POWER)) if double else p
             slope = lanes(load_f64(record, w.SLOPE))
             offset = lanes(load_f64(record, w.OFFSET))
             for r in range(rows):
@@ -268,6 +274,7 @@ def dx_phase(kind: Kind) -> Any:
                     if labelled:
                         record = store + group_of(geometry, channel0 + c) * w.RECORD_BYTES
                         p, h, m = lanes_of(record)
+                        q = lanes(load_f64(record, w.DX_POWER)) if double else p
                         slope = lanes(load_f64(record, w.SLOPE))
                         offset = lanes(load_f64(record, w.OFFSET))
                     run(
@@ -275,7 +282,7 @@ def dx_phase(kind: Kind) -> Any:
                         pv + r * v_step + c * length * y_size,
                         pm + r * m_step + c * length,
                         py + r * y_step + c * length * y_size,
-                        length, p, h, m, slope, offset,
+                        length, p, h, m, q, slope, offset,
                         load_f64(record, w.RATIO) * load_f64(weight, first + c),
                         load_f64(bias, first + c),
                         stream,

@@ -80,6 +80,7 @@ def record_writer(compute: str) -> Any:
         store_f64(record, w.MEAN, mean)
         store_f64(record, w.RSTD, rstd)
         store_f64(record, w.POWER, power)
+        store_f64(record, w.DX_POWER, power)
         # a subnormal mean would lose its digits here if it were divided by the scale first
         store_f64(record, w.MINUS_HIGH, -high * (power / scale))
         store_f64(record, w.MINUS_LOW, -low * (power / scale))
@@ -87,6 +88,19 @@ def record_writer(compute: str) -> Any:
         store_f64(record, w.RATIO, root * (root_scale * inverse))
 
     return fill
+
+
+@inner
+def pair(record: int, eps: float) -> None:
+    """A group of two elements, whose rstd was taken from them with this eps.
+
+    A*dz + C and B*t are the same but for eps * rstd**2 of them, which is what dx is: in the difference of the two
+    float64 is 50 times the bound off. So dx = eps * rstd**2 * POWER * (A*dz + C).
+    """
+    rstd = load_f64(record, w.RSTD)
+    share = eps * (rstd * rstd) if eps > 0.0 else 0.0  # without eps the square may be infinite
+    store_f64(record, w.DX_POWER, load_f64(record, w.POWER) * share)
+    store_f64(record, w.SLOPE, 0.0)
 
 
 @inner

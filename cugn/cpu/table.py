@@ -20,6 +20,7 @@ from .compile import inner
 from .convert import loader, storer, to_compute
 from .simd import (
     LANES,
+    bits_float,
     first_lanes,
     fma,
     load_f64,
@@ -32,7 +33,7 @@ from .simd import (
     store_i64,
     widen,
 )
-from .statistics import itemsize, record_writer
+from .statistics import itemsize, pair, record_writer
 
 _X, _DY, _OUT = 0, 1, 2  # positions among the arrays of the backward's geometry
 _load64, _load64_part = loader("float64", "float64")
@@ -238,6 +239,7 @@ def sample_kernel(x: str, y: str, compute: str, activation: str | None) -> Any:
         h = lanes(load_f64(record, w.MINUS_HIGH))
         m = lanes(load_f64(record, w.MINUS_LOW))
         ratio = lanes(load_f64(record, w.RATIO))
+        q = lanes(load_f64(record, w.DX_POWER)) if double else p
         b = lanes(load_f64(record, w.SLOPE))
         c = lanes(load_f64(record, w.OFFSET))
         for j in range(0, size, LANES):
@@ -247,7 +249,7 @@ def sample_kernel(x: str, y: str, compute: str, activation: str | None) -> Any:
             a = load_c(weight + j * c_size) * ratio
             if active:
                 v = slope(v, fma(t, a, load_c(bias + j * c_size)))
-            dx = fma(a, v, fma(b, t, c)) * p
+            dx = fma(a, v, fma(b, t, c)) * q
             if left >= LANES:
                 store(py + j * y_size, dx)
             else:
@@ -281,6 +283,9 @@ def sample_kernel(x: str, y: str, compute: str, activation: str | None) -> Any:
                 px + c * x_size, pv + c * y_size, size, weight + c * c_size, bias + c * c_size,
                 record + g * w.RECORD_BYTES, db + 8 * c, dw + 8 * c, part // 4,
             )  # fmt: skip
+            if double:  # noqa: SIM102 - known when the kernel is compiled
+                if size == 2 and load_i64(call, w.CALL_PHASE) == 0:
+                    pair(record + g * w.RECORD_BYTES, bits_float(word(geometry, w.EPS)))
             if size == 1:  # dx is exactly 0
                 store_f64(record + g * w.RECORD_BYTES, w.RATIO, 0.0)
                 store_f64(record + g * w.RECORD_BYTES, w.SLOPE, 0.0)

@@ -49,6 +49,8 @@ WORDS = ARRAYS + (MASK + 1) * ARRAY_WORDS
 (MEAN, RSTD, POWER, MINUS_HIGH, MINUS_LOW, RATIO, COUNT, SLOPE, OFFSET) = range(9)
 # what the double backward adds: gx = GX_POWER * (.. + GX_OFFSET + GX_SLOPE*t + POWER*(GX_V*.. + GX_U*.. + ..))
 (GX_OFFSET, GX_SLOPE, GX_V, GX_U, GX_INNER_SLOPE, GX_INNER_OFFSET, GX_POWER) = range(9, 16)
+# of the backward, in the place of the first of these: dx = DX_POWER * (..), which is POWER but for a group of two
+DX_POWER = 9
 RECORD_BYTES = 128
 PARTIAL_BYTES = 32
 

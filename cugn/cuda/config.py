@@ -201,7 +201,8 @@ class Box:
     def tables_bytes(self, real: int, tangent: bool, coefficients: int) -> int:
         """What is looked up for groups and channels: as `Tables` in the kernels."""
         exact, of_group = (0, 4) if real == 8 else (2 + coefficients, 3)
-        looked_up = (of_group + coefficients) * spread(self.units, real)
+        shares = 1 if real == 8 and coefficients else 0
+        looked_up = (of_group + coefficients + shares) * spread(self.units, real)
         looked_up += (4 if tangent else 2) * spread(self.channels, real)
         return _round_up(8 * exact * self.units + real * looked_up, 16)
 

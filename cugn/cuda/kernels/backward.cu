@@ -72,7 +72,7 @@ template <class FromX, class FromV> struct Gradient {
     const Coefficient& coefficient = group.coefficient;
     const Scale scale = tables.scale(c, BENT);
     const real bend = scale.times(centre.rstd);
-    Entries e = {centre.high, centre.low, centre.unit, centre.rstd,       REAL_IS_DOUBLE ? bend * centre.unit : bend,
+    Entries e = {centre.high, centre.low, centre.unit, centre.rstd,       REAL_IS_DOUBLE ? bend * centre.unit * coefficient.share : bend,
                  bend,        scale.bias, coefficient.along, coefficient.offset};
 #if TANGENT
     e.along = fma(scale.weight, e.along, REAL_IS_DOUBLE ? scale.tweight : scale.tweight * centre.rstd);
@@ -240,23 +240,30 @@ struct SumsOfChannels {
   }
 };
 
-// Coefficients of a group from the sums of v and v x_hat over it.
-__device__ __forceinline__ ExactCoefficient coefficients_of(const Pair& sums, double rstd, double count) {
-  return {-rstd * (sums.b / count), -rstd * (sums.a / count)};
+// Coefficients of a group from the sums of v and v x_hat over it. In a group of two elements, whose rstd was taken from them,
+// rstd v + offset and along x_hat are the same but for eps rstd^2 of them, which is the result: the difference of the two is 85
+// times the bound off in float64.
+__device__ __forceinline__ ExactCoefficient coefficients_of(const Pair& sums, double rstd, double count, double eps, bool given) {
+  const double offset = -rstd * (sums.a / count);
+  if (REAL_IS_DOUBLE && !MASKED && count == 2 && !given) {
+    const double share = eps > 0 ? eps * (rstd * rstd) : 0;  // without eps the square may be infinite
+    return {0, offset * share, share};
+  }
+  return {-rstd * (sums.b / count), offset, 1};
 }
 
 // Tables of a group whose statistics stand there, and whose coefficients are known. Where float32 could not hold them the
 // group goes to float64.
 __device__ __forceinline__ void set_coefficients(const ExactCoefficient& g, double rstd, double count, int u,
                                                  const Tables& tables) {
-  Coefficient coefficient = {in_range(REAL_IS_DOUBLE ? g.along : g.along * rstd, true), in_range(g.offset, true)};
+  Coefficient coefficient = {in_range(REAL_IS_DOUBLE ? g.along : g.along * rstd, true), in_range(g.offset, true), (real)g.share};
   const bool slow = !REAL_IS_DOUBLE && (count <= FEW_ELEMENTS || coefficient.along != coefficient.along ||
                                         coefficient.offset != coefficient.offset);
   if (slow) tables.to_exact(u);
 #if !TANGENT && !MASKED
   if (count == 1) {  // the only element cannot move against its mean: exactly zero
     tables.group(2, u) = 0;
-    coefficient = {0, 0};
+    coefficient = {0, 0, 1};
   }
 #endif
   tables.set_coefficient(u, coefficient);
@@ -389,7 +396,7 @@ extern "C" __global__ void BACKWARD_BOUNDS
         if (u < units && lane == 0) {
           const Statistic statistic = tables.statistic(u);
           const double r = statistic.rstd, count = MASKED ? work.counts[u] : box.nr * box.run;
-          set_coefficients(coefficients_of(sum, r * statistic.unit, count), r, count, u, tables);
+          set_coefficients(coefficients_of(sum, r * statistic.unit, count, eps, have_rstd), r, count, u, tables);
         }
       }
     }
@@ -538,9 +545,10 @@ extern "C" __global__ void MERGE_BOUNDS
     total = team_sum(total, blockDim.x, scratch);
   }
   if (threadIdx.x == 0) {
-    const ExactCoefficient g = coefficients_of(total, rstd * m.unit, m.count);
+    const ExactCoefficient g = coefficients_of(total, rstd * m.unit, m.count, eps, have_rstd);
     values.at(ALONG, group) = g.along;
     values.at(OFFSET, group) = g.offset;
+    values.at(SHARE, group) = g.share;
     if (!have_statistics) {
       values.at(MEAN, group) = m.mean;
       values.at(LOW, group) = m.low;
@@ -564,7 +572,7 @@ extern "C" __global__ void BACKWARD_APPLY_BOUNDS
   for_each_group(box, G, labels, labelled, [&](int u, long long group) {
     const Planes values = {planes, N * G};
     const Statistic statistic = statistic_of(values, group);
-    const ExactCoefficient g = {values.at(ALONG, group), values.at(OFFSET, group)};
+    const ExactCoefficient g = {values.at(ALONG, group), values.at(OFFSET, group), values.at(SHARE, group)};
     work.tables.set(u, statistic);
     set_coefficients(g, statistic.rstd, values.at(COUNT, group), u, work.tables);
   });

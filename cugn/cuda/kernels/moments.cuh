@@ -235,7 +235,7 @@ __device__ __forceinline__ Moments merge_parts(const double* from, long long str
 
 // Values of all groups in global memory, a plane (N, G) of doubles for each: the statistics, and the coefficients of the
 // backward.
-enum Plane { MEAN, LOW, RSTD, UNIT, COUNT, ALONG, OFFSET };
+enum Plane { MEAN, LOW, RSTD, UNIT, COUNT, ALONG, OFFSET, SHARE };
 struct Planes {
   double* data;
   long long groups;  // N * G
@@ -323,14 +323,15 @@ struct Parameters {
 #define TANGENTS const void *tweight, const int tweight_dtype, const void *tbias, const int tbias_dtype
 
 // What a group adds to each element in the backward: along * x_hat + offset; in float32 along * d + offset with d = x - mean,
-// one rounding less (in float64 the square of rstd in it would leave the range).
+// one rounding less (in float64 the square of rstd in it would leave the range). `share`: what v is multiplied by beside, in
+// float64; 1, but for a group of two elements.
 struct Coefficient {
-  real along, offset;
+  real along, offset, share;
 };
 
 // The same in float64: along * x_hat + offset.
 struct ExactCoefficient {
-  double along, offset;
+  double along, offset, share;
 };
 
 // Tables of a box in shared memory, one of each value: what is looked up for a group and for a channel of a sample. Beside the
@@ -340,13 +341,13 @@ struct Tables {
   double* exact;
   real *of_groups, *of_channels;
   int units, group_step, channel_step;  // from the table of a value to the next
-  static constexpr int GROUP_VALUES = REAL_IS_DOUBLE ? 4 : 3, CHANNEL_VALUES = TANGENT ? 4 : 2;
+  static constexpr int GROUP_VALUES = REAL_IS_DOUBLE ? 4 : 3, SHARES = REAL_IS_DOUBLE ? 1 : 0, CHANNEL_VALUES = TANGENT ? 4 : 2;
 
   // `coefficients`: 2 where they are kept, else 0.
   __device__ __forceinline__ Tables(double* p, int units, int channels, int coefficients)
       : exact(p), units(units), group_step(spread<real>(units)), channel_step(spread<real>(channels)) {
     of_groups = reinterpret_cast<real*>(exact + (REAL_IS_DOUBLE ? 0 : (2 + coefficients) * units));
-    of_channels = of_groups + (GROUP_VALUES + coefficients) * group_step;
+    of_channels = of_groups + (GROUP_VALUES + (coefficients ? coefficients + SHARES : 0)) * group_step;
   }
   __device__ __forceinline__ unsigned char* end() const {
     return reinterpret_cast<unsigned char*>(of_channels + CHANNEL_VALUES * channel_step);
@@ -384,7 +385,7 @@ struct Tables {
     }
   }
   __device__ __forceinline__ ExactCoefficient exact_coefficient(int u) const {
-    return {exact[2 * units + u], exact[3 * units + u]};
+    return {exact[2 * units + u], exact[3 * units + u], 1};
   }
   __device__ __forceinline__ void set_exact_coefficient(int u, const ExactCoefficient& coefficient) const {
     if (REAL_IS_DOUBLE) return;
@@ -392,11 +393,12 @@ struct Tables {
     exact[3 * units + u] = coefficient.offset;
   }
   __device__ __forceinline__ Coefficient coefficient(int u) const {
-    return {group(GROUP_VALUES, u), group(GROUP_VALUES + 1, u)};
+    return {group(GROUP_VALUES, u), group(GROUP_VALUES + 1, u), REAL_IS_DOUBLE ? group(GROUP_VALUES + 2, u) : (real)1};
   }
   __device__ __forceinline__ void set_coefficient(int u, const Coefficient& coefficient) const {
     group(GROUP_VALUES, u) = coefficient.along;
     group(GROUP_VALUES + 1, u) = coefficient.offset;
+    if (REAL_IS_DOUBLE) group(GROUP_VALUES + 2, u) = coefficient.share;
   }
   // `bias`: whether it is needed.
   __device__ __forceinline__ Scale scale(int c, bool bias = true) const {
