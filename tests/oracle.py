@@ -44,6 +44,8 @@ class Backward(NamedTuple):
     """Largest |dx| of the element's group, of x's shape."""
     terms: Any
     """Largest rstd (|q| + mean|q| + |x_hat| mean|q x_hat|) of the element's group: what dx is a difference of."""
+    terms_left: Any
+    """eps rstd^2 of them: what a group of two elements leaves, whose x_hat is +-1 but for eps."""
     dweight_terms: Any
     dbias_terms: Any
 
@@ -271,7 +273,7 @@ def backward(
         labels = labels_of(groups, a.shape[1])
         kept = _kept(where, shape, batch_axis, channel_axis)
         w, b = _channel(weight, a.shape[1], 1), _channel(bias, a.shape[1], 0)
-        dx, x_hat, group_max, terms = (np.empty_like(a) for _ in range(4))
+        dx, x_hat, group_max, terms, left = (np.empty_like(a) for _ in range(5))
         for g in range(labels.max(initial=-1) + 1):
             channels = np.flatnonzero(labels == g)
             mask = kept[:, channels, :]
@@ -296,15 +298,15 @@ def backward(
                 _differentiate_pairs(grad, q, a[:, channels, :], eps)
             dx[:, channels, :] = grad
             size = r * (np.abs(q) + total(np.abs(q)) / m + np.abs(h) * total(np.abs(q * h)) / m)
-            for scale, value in ((group_max, np.abs(grad)), (terms, size)):
+            for scale, value in ((group_max, np.abs(grad)), (terms, size), (left, LONG(eps) * r**2 * size)):
                 scale[:, channels, :] = np.max(value.reshape(len(value), -1), axis=1, initial=0)[:, None, None]
         by_channel = [np.sum(v, axis=(0, 2)) for v in (dz * x_hat, dz, np.abs(dz * x_hat), np.abs(dz))]
-        dx, group_max, terms = (from_ncs(v, shape, batch_axis, channel_axis) for v in (dx, group_max, terms))
-    return Backward(dx, by_channel[0], by_channel[1], group_max, terms, by_channel[2], by_channel[3])
+        shaped = [from_ncs(v, shape, batch_axis, channel_axis) for v in (dx, group_max, terms, left)]
+    return Backward(shaped[0], by_channel[0], by_channel[1], *shaped[1:], by_channel[2], by_channel[3])
 
 
 def _differentiate_pairs(grad: np.ndarray, q: np.ndarray, x: np.ndarray, eps: float) -> None:
-    """Gradient of x from q = w dz, (N, ...) all, of groups of two elements: the formula as it stands, with 50 digits."""
+    """Gradient of x from q = w dz, (N, ...) all, of groups of two elements: the formula itself, with 50 digits."""
     with mpmath.workdps(50):
         for n in range(len(q)):
             xs, qs = ([_mpf(v) for v in values[n].ravel()] for values in (x, q))
