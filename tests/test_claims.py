@@ -58,7 +58,11 @@ POSITIONS = 16
 DRAWS = 600
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", name="squared_errors")
+def squared_errors_fixture():
+    return squared_errors()
+
+
 def squared_errors():
     """Mean squared errors of batch norm's mean and variance, and of group norm's, for each batch size."""
     rng = np.random.default_rng(1)
@@ -203,7 +207,11 @@ def test_layer_and_instance_norm_are_torchs():
 # 5. In a group of a channel in -100..100 and one in -0.1..0.1 the large one dominates, the small one nearly vanishes.
 
 
-@pytest.fixture
+@pytest.fixture(name="loud_and_quiet")
+def loud_and_quiet_fixture():
+    return loud_and_quiet()
+
+
 def loud_and_quiet():
     rng = np.random.default_rng(5)
     return rng.uniform(-1, 1, (4, 4, 64, 64)) * np.array([100, 0.1, 100, 0.1]).reshape(4, 1, 1)
