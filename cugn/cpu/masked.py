@@ -56,8 +56,11 @@ _load_mask, _load_mask_part = mask_loader()
 def copy_mask(target: int, source: int, step: int, count: int) -> None:
     """Copy `count` bytes that lie `step` apart; up to 15 beyond the end are written, none beyond it read."""
     if step == 1:
-        for k in range(0, count, LANES):
-            copy_bytes(target + k, source + k, count - k)
+        whole = count // LANES * LANES
+        for k in range(0, whole, LANES):
+            copy_bytes(target + k, source + k)
+        for k in range(whole, count):
+            store_u8(target + k, 0, load_u8(source + k, 0))
     elif step == 0:
         value = int(load_u8(source, 0))
         for k in range(0, count, LANES):

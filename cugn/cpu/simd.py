@@ -448,18 +448,16 @@ load_u8, store_u8 = _scalar_access(types.uint8, I8)
 
 
 @intrinsic
-def copy_bytes(typingctx: Any, target: Any, source: Any, count: Any) -> Any:
-    """Copy 16 bytes, of which those from `count` on become 0; nothing beyond `count` is read."""
+def copy_bytes(typingctx: Any, target: Any, source: Any) -> Any:
+    """Copy 16 bytes."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         kind = vector_of(I8)
-        where = pointer(builder, args[1], kind)
-        read = [where, ir.Constant(ir.IntType(32), 1), lanes_below(builder, args[2]), constant(I8, 0)]
-        value = call_intrinsic(builder, f"llvm.masked.load.{suffix(I8)}.p0", kind, read)
+        value = builder.load(pointer(builder, args[1], kind), align=1)
         builder.store(value, pointer(builder, args[0], kind), align=1)
         return context.get_dummy_value()
 
-    return types.none(types.int64, types.int64, types.int64), codegen
+    return types.none(types.int64, types.int64), codegen
 
 
 @intrinsic
