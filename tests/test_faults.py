@@ -621,7 +621,7 @@ def test_no_memory(kernels: Path, threads: str) -> None:
     )
 
 
-@pytest.mark.parametrize("limit", [60, 120, 240])
+@pytest.mark.parametrize("limit", [60, 120, 200, 220, 240, 260])
 def test_no_memory_to_start_with(kernels: Path, limit: int) -> None:
     """Too little memory to import Numba: an exception, or the right answer; no abort."""
     run(

@@ -17,8 +17,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["folder", "load", "save"]
+import numpy as np
 
+__all__ = ["ask_for", "folder", "load", "save"]
+
+LOADING_BYTES = 32 << 20
 _DIGEST_BYTES = 32
 
 
@@ -90,10 +93,20 @@ def load(name: str) -> Any:
         from numba.core import compiler
         from numba.core.registry import cpu_target
 
-        result = compiler.CompileResult._rebuild(cpu_target.target_context, *pickle.loads(payload))
+        context, parts = cpu_target.target_context, pickle.loads(payload)
+        ask_for(LOADING_BYTES)  # now that Numba, which takes most of what there is, has been imported
+        result = compiler.CompileResult._rebuild(context, *parts)
     except Exception:  # an entry that cannot be used, whatever the reason, is one that is not there
         return None
     return result
+
+
+def ask_for(size: int) -> None:
+    """Raise MemoryError where LLVM, which ends the process if it gets no memory, might not get enough."""
+    try:
+        np.empty(size, np.uint8)
+    except MemoryError:
+        raise MemoryError(f"a kernel needs up to {size >> 20} MB to be made, which this process cannot get") from None
 
 
 def save(name: str, result: Any) -> bool:

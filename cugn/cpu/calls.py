@@ -18,7 +18,7 @@ from .program import GATES, Kind
 
 Array = Any
 SPARE_BYTES = 64 << 10
-LOADING_BYTES, COMPILING_BYTES = 16 << 20, 256 << 20
+COMPILING_BYTES = 256 << 20
 SMALL_GROUP = 32
 """Elements of a group up to which the backward computes in float64: dx of two elements is what is left when dy
 cancels.
@@ -84,25 +84,16 @@ def loaded(name: str, build: Callable[[], Any]) -> tuple[Callable[..., int], int
 
 
 def _obtain(name: str, build: Callable[[], Any]) -> tuple[Callable[..., int], int]:
-    _ask_for(LOADING_BYTES)
     result = disk.load(name)
     if result is None:
         from .compile import compiled
 
-        _ask_for(COMPILING_BYTES)
+        disk.ask_for(COMPILING_BYTES)
         result = compiled(build(), name)
         if disk.save(name, result):
             # what Numba builds a kernel from is ten times its size: kept no longer than that takes
             result = disk.load(name) or result
     return result.entry_point, result.library.get_pointer_to_function(result.fndesc.llvm_func_name)
-
-
-def _ask_for(size: int) -> None:
-    """Raise MemoryError where LLVM, which ends the process if it gets no memory, might not get enough."""
-    try:
-        np.empty(size, np.uint8)
-    except MemoryError:
-        raise MemoryError(f"a kernel needs up to {size >> 20} MB to be made, which this process cannot get") from None
 
 
 def _empty_result(plan: Plan, x: Array) -> Array:
