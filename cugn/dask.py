@@ -20,7 +20,7 @@ import numpy as np
 from array_api_compat import array_namespace
 from dask.array.utils import meta_from_array
 from dask.base import tokenize
-from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
+from dask.highlevelgraph import HighLevelGraph
 
 from . import functional, reference, threads
 from .memory import result_like
@@ -219,7 +219,7 @@ class _Call:
             elif operand is not None:
                 arrays += self._aligned(name, operand)
                 names.append(name)
-        blocks = da.blockwise(
+        return da.blockwise(
             partial(_on_chunk, function, names, self.axes, options),  # what is bound so is no part of any task's graph
             self.index,
             *(self.x, self.index, self.labels, (self.plan.channel_axis,), *arrays),
@@ -228,7 +228,6 @@ class _Call:
             meta=self._meta(self.x.ndim, dtype),
             align_arrays=False,
         )
-        return blocks if self.whole else _written_out(blocks)
 
     def _aligned(self, name: str, operand: Array) -> tuple[Array, tuple[int, ...]]:
         """An operand in chunks that meet x's, and the index of each of its axes."""
@@ -366,18 +365,6 @@ class _Call:
             graph[(name, *place)] = (_merged, keys, item, finish, *others)
         layers = HighLevelGraph.from_collections(name, graph, dependencies=[blocks, *beside])
         return da.Array(layers, name, tuple(blocks.chunks[axis] for axis in kept), meta=self._meta(len(kept)))
-
-
-def _written_out(blocks: Array) -> Array:
-    """The same array with its tasks listed one by one.
-
-    Where groups are cut, several results come of the same tasks and each is optimized by itself: Dask would write the
-    tasks out for each of them, which took a quarter of the time of a backward of 128 chunks. There is nothing to fuse:
-    x is read twice.
-    """
-    graph = blocks.dask
-    layers = {**graph.layers, blocks.name: MaterializedLayer(dict(graph.layers[blocks.name]))}
-    return da.Array(HighLevelGraph(layers, graph.dependencies), blocks.name, blocks.chunks, meta=blocks._meta)
 
 
 # What follows runs on the workers. An operand comes in a list where the blocks along a whole axis, of which there is

@@ -84,3 +84,14 @@ def test_configuration_names_what_is_there():
     configuration = json.loads((root / "asv.conf.json").read_text())
     assert (root / configuration["benchmark_dir"] / "__init__.py").is_file()
     assert (root / configuration["repo"] / "pyproject.toml").is_file()
+
+
+def test_features_prints_a_table(capsys):
+    import features
+
+    features.main(["--quick", "--rounds", "1"])
+    printed = capsys.readouterr().out
+    rows = [line.split("|") for line in printed.splitlines() if line.startswith("| small")]
+    assert len(rows) == 4  # two layouts, two passes
+    assert all(float(cell) > 0 for row in rows for cell in row[4:-1])
+    assert "Above 1.5 (labels, masks) or 1.25 (relu, silu):" in printed
