@@ -151,8 +151,9 @@ def check_gradients(result: Any, expected: oracle.Backward, dtype: str, what: st
         value = getattr(result, name)
         assert value.dtype == dtype_of(dtype), what
         error = np.abs(value.astype(np.float64).astype(oracle.LONG) - getattr(expected, name))
-        # Below the normal range a dtype holds multiples of its least value only.
-        bound = factor * scale + oracle.half_ulp(np.zeros(()), dtype_of(dtype))
+        # Below the normal range a dtype holds multiples of its least value only, and dx is a sum of three
+        # terms, of which one has a factor like that.
+        bound = factor * scale + 4 * oracle.half_ulp(np.zeros(()), dtype_of(dtype))
         with np.errstate(all="ignore"):
             assert (error <= bound).all(), f"{what}, {name}: {float(np.max(error / bound)):.3g} times the bound"
 

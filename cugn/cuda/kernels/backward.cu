@@ -44,6 +44,7 @@ template <class FromX, class FromV> struct Gradient {
   const Mask mask;
   const Box& box;
   const Divisor by_group;
+  const bool shares;  // whether there are groups of two elements
 
   typedef Entries Entry;
   struct Group {
@@ -66,7 +67,7 @@ template <class FromX, class FromV> struct Gradient {
   __device__ __forceinline__ int unit(int n, int c) const {
     return n * box.groups + (box.groups == 1 ? 0 : by_group.quotient(c));
   }
-  __device__ __forceinline__ Group group(int u) const { return {tables.centre(u), tables.coefficient(u)}; }
+  __device__ __forceinline__ Group group(int u) const { return {tables.centre(u), tables.coefficient(u, shares)}; }
   __device__ __forceinline__ Entries entry(const Group& group, int c) const {
     const Centre& centre = group.centre;
     const Coefficient& coefficient = group.coefficient;
@@ -255,7 +256,7 @@ __device__ __forceinline__ ExactCoefficient coefficients_of(const Pair& sums, do
 // Tables of a group whose statistics stand there, and whose coefficients are known. Where float32 could not hold them the
 // group goes to float64.
 __device__ __forceinline__ void set_coefficients(const ExactCoefficient& g, double rstd, double count, int u,
-                                                 const Tables& tables) {
+                                                 const Tables& tables, bool shares) {
   Coefficient coefficient = {in_range(REAL_IS_DOUBLE ? g.along : g.along * rstd, true), in_range(g.offset, true), (real)g.share};
   const bool slow = !REAL_IS_DOUBLE && (count <= FEW_ELEMENTS || coefficient.along != coefficient.along ||
                                         coefficient.offset != coefficient.offset);
@@ -266,7 +267,7 @@ __device__ __forceinline__ void set_coefficients(const ExactCoefficient& g, doub
     coefficient = {0, 0, 1};
   }
 #endif
-  tables.set_coefficient(u, coefficient);
+  tables.set_coefficient(u, coefficient, shares);
   tables.set_exact_coefficient(u, g);
 }
 
@@ -396,14 +397,14 @@ extern "C" __global__ void BACKWARD_BOUNDS
         if (u < units && lane == 0) {
           const Statistic statistic = tables.statistic(u);
           const double r = statistic.rstd, count = MASKED ? work.counts[u] : box.nr * box.run;
-          set_coefficients(coefficients_of(sum, r * statistic.unit, count, eps, have_rstd), r, count, u, tables);
+          set_coefficients(coefficients_of(sum, r * statistic.unit, count, eps, have_rstd), r, count, u, tables, box.nr * box.run == 2);
         }
       }
     }
     __syncthreads();
 
     const Gradient<Shared<x_t>, Shared<x_t>> operation = {
-        x_tile, dy_tile, tables, mask, box, Divisor(box.group_channels)};
+        x_tile, dy_tile, tables, mask, box, Divisor(box.group_channels), box.nr * box.run == 2};
     apply(operation, Global<y_t>(dx, dx_sn, dx_so, box, inner), box);
   }
 #if !TANGENT
@@ -574,7 +575,7 @@ extern "C" __global__ void BACKWARD_APPLY_BOUNDS
     const Statistic statistic = statistic_of(values, group);
     const ExactCoefficient g = {values.at(ALONG, group), values.at(OFFSET, group), values.at(SHARE, group)};
     work.tables.set(u, statistic);
-    set_coefficients(g, statistic.rstd, values.at(COUNT, group), u, work.tables);
+    set_coefficients(g, statistic.rstd, values.at(COUNT, group), u, work.tables, true);
   });
   Mask mask = {};
 #if MASKED && !TANGENT
@@ -583,7 +584,7 @@ extern "C" __global__ void BACKWARD_APPLY_BOUNDS
   __syncthreads();
   const Gradient<Global<const x_t>, Global<const x_t>> operation = {
       Global<const x_t>(x, x_sn, x_so, box, inner), Global<const x_t>(dy, dy_sn, dy_so, box, inner), work.tables,
-      mask, box, Divisor(box.group_channels)};
+      mask, box, Divisor(box.group_channels), true};
   apply(operation, Global<y_t>(dx, dx_sn, dx_so, box, inner), box);
 }
 #endif

@@ -392,13 +392,15 @@ struct Tables {
     exact[2 * units + u] = coefficient.along;
     exact[3 * units + u] = coefficient.offset;
   }
-  __device__ __forceinline__ Coefficient coefficient(int u) const {
-    return {group(GROUP_VALUES, u), group(GROUP_VALUES + 1, u), REAL_IS_DOUBLE ? group(GROUP_VALUES + 2, u) : (real)1};
+  // `shares`: whether there are groups of two; without, a thirtieth of what shared memory moves is saved in float64.
+  __device__ __forceinline__ Coefficient coefficient(int u, bool shares) const {
+    const real share = REAL_IS_DOUBLE && shares ? group(GROUP_VALUES + 2, u) : (real)1;
+    return {group(GROUP_VALUES, u), group(GROUP_VALUES + 1, u), share};
   }
-  __device__ __forceinline__ void set_coefficient(int u, const Coefficient& coefficient) const {
+  __device__ __forceinline__ void set_coefficient(int u, const Coefficient& coefficient, bool shares) const {
     group(GROUP_VALUES, u) = coefficient.along;
     group(GROUP_VALUES + 1, u) = coefficient.offset;
-    if (REAL_IS_DOUBLE) group(GROUP_VALUES + 2, u) = coefficient.share;
+    if (REAL_IS_DOUBLE && shares) group(GROUP_VALUES + 2, u) = coefficient.share;
   }
   // `bias`: whether it is needed.
   __device__ __forceinline__ Scale scale(int c, bool bias = true) const {
