@@ -92,9 +92,9 @@ def coverage(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS[0])
 def long(session: nox.Session) -> None:
-    """Run the random calls 20,000 times each, and a million calls for leaks."""
+    """Run all cases, those that need kernels of their own too, the random calls 20,000 times, a million for leaks."""
     session.install(".[test]")
     session.run(
-        *("python", "-m", "pytest", "-q", "tests/test_properties.py", "tests/test_faults.py", *session.posargs),
-        env={"CUGN_HYPOTHESIS_PROFILE": "long", "CUGN_SOAK_CALLS": "1000000", "CUGN_FAULTS": "1"},
+        *("python", "-m", "pytest", "-q", *session.posargs),
+        env={"CUGN_HYPOTHESIS_PROFILE": "long", "CUGN_SOAK_CALLS": "1000000", "CUGN_TESTS": "all"},
     )

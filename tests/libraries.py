@@ -20,6 +20,8 @@ from cugn import engines, functional
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+EVERYTHING = os.environ.get("CUGN_TESTS") == "all"
+"""Whether cases run that need kernels of their own: the compiler takes five seconds for each of the CPU engine's."""
 
 
 def dtype_of(name: str) -> np.dtype[Any]:

@@ -1,7 +1,7 @@
 """Promise: threads, fork, spawn, signals, broken caches, no memory: the right answer or a clear exception, no abort.
 
 Each case is a process of its own with a time limit. One that dies by a signal, hangs or has a wrong answer fails.
-Those that compile every kernel anew take minutes together and need CUGN_FAULTS=1.
+Those that compile every kernel anew take minutes together and need CUGN_TESTS=all.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from libraries import subprocess_environment
+from libraries import EVERYTHING, subprocess_environment
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="fork, signals and resource limits are POSIX")
-compiles = pytest.mark.skipif(os.environ.get("CUGN_FAULTS") != "1", reason="minutes of compiling: set CUGN_FAULTS=1")
+compiles = pytest.mark.skipif(not EVERYTHING, reason="minutes of compiling: set CUGN_TESTS=all")
 
 # `calls(i)` makes calls of several kinds, small and large, and `right(i)` compares them with what the same calls gave
 # when the process was young; the first ones are held against NumPy's own arithmetic.

@@ -77,6 +77,14 @@ def _bits(a: np.ndarray) -> np.ndarray:
 CROSSED = [(s, o) for s in SHAPES for o in OPTIONS if o in ("plain", "labels") or s in ("small", "blocks", "table")]
 
 
+def _rare(shape: str, dtype: str, last: bool, options: str) -> bool:
+    """An activation's loops are those of the compute dtype, of a layout and of tables: each is met, not each pair."""
+    if options == "gelu":
+        return dtype != "float64" or last or shape == "table"
+    return options == "silu" and (dtype == "bfloat16" or (shape == "table" and dtype != "float32"))
+
+
+@pytest.mark.rare(when=_rare)
 @pytest.mark.parametrize(("shape", "options"), CROSSED)
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -269,6 +277,7 @@ def test_one_bad_value_spoils_its_group_only(special: float, dtype: str, options
             _same(result.dweight[~mine], dweight[~mine])
 
 
+@pytest.mark.rare(when=lambda dtype, options: options == "silu" and dtype == "bfloat16")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("options", ["plain", "labels", "silu"])
 def test_a_group_far_from_zero_leaves_the_others_alone(dtype: str, options: str) -> None:

@@ -181,7 +181,7 @@ def forward(plan: Plan, x: Array, weight: Array, bias: Array, where: Array, out:
     rstd = np.empty(plan.stats_shape)
     w = 0 if weight is None else id(weight)
     b = 0 if bias is None else id(bias)
-    enter(ready, id(x), id(out), w, b, id(mean), id(rstd), 0 if where is None else id(where))
+    enter(ready, id(x), id(out), w, b, id(mean), id(rstd), 0 if where is None else id(where), 0)
     return out, mean, rstd
 
 
@@ -209,7 +209,11 @@ def _is_exacting(plan: Plan) -> bool:
     """Whether the backward needs more digits of the statistics than the caller can give."""
     if plan.y_dtype != "float64":
         return False
-    return plan.activation in GATES or (not plan.masked and 2 in np.diff(plan.group_bounds) * plan.S)
+    known: bool | None = plan.__dict__.get("cpu_exacting")
+    if known is None:
+        pairs = not plan.masked and 2 in np.diff(plan.group_bounds) * plan.S
+        known = plan.__dict__["cpu_exacting"] = plan.activation in GATES or pairs
+    return known
 
 
 def _own(plan: Plan, x: Array, mean: Array, rstd: Array, where: Array) -> bool:
@@ -256,7 +260,7 @@ def backward(
     w = 0 if weight is None else id(weight)
     b = 0 if bias is None else id(bias)
     mask = 0 if where is None else id(where)
-    enter(ready, id(x), id(dy), id(out), w, b, id(mean), id(rstd), id(dweight), id(dbias), mask, first)
+    enter(ready, id(x), id(dy), id(out), w, b, id(mean), id(rstd), id(dweight), id(dbias), mask, first, 0)
     if plan.weight_dtype in ("float16", "bfloat16"):
         kind = _dtype(plan.weight_dtype)
         dweight, dbias = dweight.astype(kind), dbias.astype(kind)

@@ -42,7 +42,9 @@ def task_gradients(geometry: int, call: int, task: int, store: int) -> None:
 
 @inner
 def gather_gradients(geometry: int, call: int) -> None:
-    """dweight and dbias of a call whose tasks are all done."""
+    """dweight and dbias of a call whose tasks are all done, if it has them."""
+    if load_i64(call, w.CALL_DWEIGHT) == 0:
+        return
     work = load_i64(call, w.CALL_WORK)
     if word(geometry, w.SPLIT) != 0:
         stores = work + word(geometry, w.STORE_AT)

@@ -91,12 +91,15 @@ def group_of(geometry: int, channel: int) -> int:
 def moments_finisher(
     dtype: str, compute: str, array: int, by_rows: bool, dense: bool, labelled: bool = False, masked: bool = False
 ) -> Any:
-    """finish(geometry, call, task, store, scratch): records of a task's groups; mean and rstd to their arrays."""
+    """finish(geometry, call, task, store, scratch, only): records of a task's groups; mean and rstd to their arrays.
+
+    With `only`, mean and m2 to those arrays, and under a mask the counts behind m2; no records.
+    """
     _, merge_task, group_moments = statistics(dtype, compute, array, by_rows, dense, labelled, masked)
     fill = record_writer(compute)
 
     @inner
-    def finish(geometry: int, call: int, task: int, store: int, scratch: int) -> None:
+    def finish(geometry: int, call: int, task: int, store: int, scratch: int, only: bool) -> None:
         groups = word(geometry, w.GROUPS)
         mean_out = load_i64(call, w.CALL_MEAN)
         rstd_out = load_i64(call, w.CALL_RSTD)
@@ -107,10 +110,16 @@ def moments_finisher(
             scale = group_moments(geometry, call, task, g, store, scratch, partial)
             count = load_f64(partial, 0)
             m2 = load_f64(partial, 3)
-            root, root_scale = rstd_of(m2, count, scale, eps)
             high = load_f64(partial, 1)
             if masked:
                 high += 0.0 / count  # NaN where nothing is kept
+            if only:
+                if masked:
+                    store_f64(rstd_out, (word(geometry, w.N) * word(geometry, w.BUNDLES) + task) * groups + g, count)
+                store_f64(mean_out, task * groups + g, (high + load_f64(partial, 2)) / scale)
+                store_f64(rstd_out, task * groups + g, m2 / scale / scale)
+                continue
+            root, root_scale = rstd_of(m2, count, scale, eps)
             record = store + g * w.RECORD_BYTES
             fill(record, high, load_f64(partial, 2), scale, root, root_scale)
             store_f64(record, w.COUNT, count)
@@ -124,6 +133,22 @@ def moments_phase(kind: Kind, array: int = 0) -> tuple[Any, Any]:
     """Phase 0 of every kernel that takes statistics: of a chunk, and what is made of a task's."""
     options = (kind.x, kind.compute, array, kind.by_rows, kind.dense, kind.labelled, kind.masked)
     return statistics(*options)[0], moments_finisher(*options)
+
+
+@cache
+def given_records(compute: str) -> Any:
+    """fill(geometry, call, task, store): records of a task's groups from the mean and rstd that the caller gave."""
+    write = record_writer(compute)
+
+    @inner
+    def fill(geometry: int, call: int, task: int, store: int) -> None:
+        groups = word(geometry, w.GROUPS)
+        mean = load_i64(call, w.CALL_MEAN) + 8 * task * groups
+        rstd = load_i64(call, w.CALL_RSTD) + 8 * task * groups
+        for g in range(groups):
+            write(store + g * w.RECORD_BYTES, load_f64(mean, g), 0.0, 1.0, load_f64(rstd, g), 1.0)
+
+    return fill
 
 
 @cache

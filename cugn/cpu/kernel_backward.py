@@ -5,6 +5,9 @@ act'(z). With A = weight*RATIO, B and C of the group: dx = DX_POWER * (A*dz + B*
 dbias are sums over samples of the channels' sums: in parts of PART_SAMPLES samples, each part in order and without
 loss (two float64), the parts in order at the end. Under a mask the sums are over all elements, since the statistics
 are in each of their outputs, and B*t + C is for those that are kept, since only they are in the statistics.
+
+For arrays in parts the last two phases are there by themselves, with statistics that were given: `backward_sums` ends
+with the sums over each group, `backward_apply` has only dx, with the means of such sums.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from .chunks import chunk_memory, chunk_of
 from .compile import inner
 from .convert import to_compute
 from .gradients import task_gradients
-from .groups import coefficient_kernel, data_of, group_of, moments_phase, record_lanes, start_call
+from .groups import coefficient_kernel, data_of, given_records, group_of, moments_phase, record_lanes, start_call
 from .labelled import group_sums
 from .masked import kept_sums, mask_step, open_mask
 from .program import GATES, Kind, Program
@@ -292,10 +295,54 @@ def dx_phase(kind: Kind) -> Any:
     return chunk_dx
 
 
+@cache
+def parts_finisher(compute: str, labelled: bool) -> Any:
+    """finish(geometry, call, task, store, scratch): the end of phase 1 of a backward in parts."""
+    channels_of, channel_at, over_group = group_sums(labelled)
+    fill = given_records(compute)
+
+    @inner
+    def finish_parts(geometry: int, call: int, task: int, store: int, scratch: int) -> None:
+        fill(geometry, call, task, store)
+        groups = word(geometry, w.GROUPS)
+        first = load_i64(call, w.CALL_PARTS) + 8 * task * groups
+        second = first + 8 * word(geometry, w.N) * word(geometry, w.ALL_GROUPS)
+        if load_i64(call, _OUT) != 0:
+            for g in range(groups):
+                record = store + g * w.RECORD_BYTES
+                ratio = load_f64(record, w.RATIO)
+                store_f64(record, w.OFFSET, -ratio * load_f64(first, g))
+                store_f64(record, w.SLOPE, -ratio * ratio * load_f64(second, g))
+            return
+        width = word(geometry, w.BUNDLE_CHANNELS)
+        padded = 8 * word(geometry, w.PADDED_WIDTH)
+        totals = store + word(geometry, w.TOTALS_AT)
+        for k in range(2):
+            sums = store + word(geometry, w.SUMS_AT) + k * padded
+            add_layers(sums, word(geometry, w.LAYERS), SUMS * padded, width, totals + k * padded)
+        weight = scratch + word(geometry, w.WEIGHT_AT) + 8 * (task % word(geometry, w.BUNDLES)) * width
+        for g in range(groups):
+            ratio = load_f64(store + g * w.RECORD_BYTES, w.RATIO)
+            start, size = channels_of(geometry, g)
+            for k in range(start, start + size):
+                c = channel_at(geometry, k)
+                store_f64(totals + padded, c, ratio * load_f64(totals + padded, c))
+            store_f64(first, g, over_group(geometry, g, totals, weight, scratch))
+            store_f64(second, g, over_group(geometry, g, totals + padded, weight, scratch))
+        task_gradients(geometry, call, task, store)
+
+    return finish_parts
+
+
 def kernel(kind: Kind) -> Program:
-    """Arrays: x, dy, out, weight, bias, mean, rstd, dweight, dbias, where; then the first phase."""
+    """Arrays: x, dy, out, weight, bias, mean, rstd, dweight, dbias, where; then the first phase, and parts.
+
+    parts: for a backward in parts, an array of two rows over the groups. Without an out the sums of dy*weight and of
+    dy*weight*x_hat are written there, with one it holds their means.
+    """
     chunk_moments, finish_moments = moments_phase(kind)
     chunk_sums, finish_sums = sums_phase(kind)
+    finish_parts = parts_finisher(kind.compute, kind.labelled)
     chunk_dx = dx_phase(kind)
     sample = sample_kernel(kind.x, kind.y, kind.compute, kind.activation)
     table = kind.table
@@ -307,26 +354,32 @@ def kernel(kind: Kind) -> Program:
         elif table:
             sample(geometry, call, task, scratch)
         elif phase == 1:
-            chunk_sums(geometry, call, task, chunk, store, scratch)
-        else:
+            if load_i64(call, w.CALL_PARTS) == 0 or load_i64(call, _OUT) == 0:
+                chunk_sums(geometry, call, task, chunk, store, scratch)
+        elif load_i64(call, _OUT) != 0:
             chunk_dx(geometry, call, task, chunk, store, scratch)
 
     @inner
     def finish(phase: int, geometry: int, call: int, task: int, store: int, scratch: int) -> None:
         if phase == 0:
-            finish_moments(geometry, call, task, store, scratch)
-        elif not table:
+            finish_moments(geometry, call, task, store, scratch, False)
+        elif table:
+            return
+        elif load_i64(call, w.CALL_PARTS) != 0:
+            finish_parts(geometry, call, task, store, scratch)
+        else:
             finish_sums(geometry, call, task, store, scratch)
             task_gradients(geometry, call, task, store)
 
     def start(
         geometry: int, call: int, x: int, dy: int, out: int, weight: int, bias: int, mean: int, rstd: int,
-        dweight: int, dbias: int, where: int, first: int,
+        dweight: int, dbias: int, where: int, first: int, parts: int,
     ) -> int:  # fmt: skip
         store_i64(call, _X, data_of(x))
         store_i64(call, _DY, data_of(dy))
         store_i64(call, _OUT, data_of(out))
         store_i64(call, w.CALL_PHASE, first)
+        store_i64(call, w.CALL_PARTS, data_of(parts))
         start_call(geometry, call, weight, bias, mean, rstd, where, dweight, dbias)
         return first
 

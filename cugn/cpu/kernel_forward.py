@@ -1,6 +1,8 @@
 """The forward kernel: moments of each group (phase 0), then y (phase 1).
 
-x is read twice and y written once; a group that fits in cache is read from memory once.
+x is read twice and y written once; a group that fits in cache is read from memory once. For arrays in parts each phase
+is there by itself: `moments` ends with the first, `normalize` has only the second, with statistics that it was given.
+A phase that is left out does nothing but finish.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from .access import word
 from .apply import apply_kernels
 from .chunks import chunk_memory, chunk_of
 from .compile import inner
-from .groups import coefficient_kernel, data_of, group_of, moments_phase, record_lanes, start_call
+from .groups import coefficient_kernel, data_of, given_records, group_of, moments_phase, record_lanes, start_call
 from .program import Kind, Program
 from .simd import load_f64, load_i64, store_i64
 from .statistics import itemsize
@@ -80,16 +82,23 @@ def apply_chunk(kind: Kind) -> Any:
 
 
 def kernel(kind: Kind) -> Program:
-    """Arrays: x, out, weight, bias, mean, rstd, where."""
+    """Arrays: x, out, weight, bias, mean, rstd, where; then whether mean and rstd are given.
+
+    Without an out there are the moments alone: m2 in the place of rstd, under a mask with the counts behind it.
+    """
     chunk_moments, finish_moments = moments_phase(kind)
+    fill = given_records(kind.compute)
     chunk_apply = apply_chunk(kind)
-    apply_sample = apply_sample_kernel(kind.x, kind.y, kind.compute, kind.activation, _OUT)
+    apply_sample = apply_sample_kernel(kind.x, kind.y, kind.compute, kind.activation)
     table = kind.table
 
     @inner
     def run_chunk(phase: int, geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
         if phase == 0:
-            chunk_moments(geometry, call, task, chunk, store, scratch)
+            if load_i64(call, w.CALL_PHASE) == 0:
+                chunk_moments(geometry, call, task, chunk, store, scratch)
+        elif load_i64(call, _OUT) == 0:
+            return
         elif table:
             apply_sample(geometry, call, task, store, scratch)
         else:
@@ -97,13 +106,17 @@ def kernel(kind: Kind) -> Program:
 
     @inner
     def finish(phase: int, geometry: int, call: int, task: int, store: int, scratch: int) -> None:
-        finish_moments(geometry, call, task, store, scratch)
+        if load_i64(call, w.CALL_PHASE) == 1:
+            fill(geometry, call, task, store)
+        else:
+            finish_moments(geometry, call, task, store, scratch, load_i64(call, _OUT) == 0)
 
     def start(
-        geometry: int, call: int, x: int, out: int, weight: int, bias: int, mean: int, rstd: int, where: int
+        geometry: int, call: int, x: int, out: int, weight: int, bias: int, mean: int, rstd: int, where: int, given: int
     ) -> int:
         store_i64(call, _X, data_of(x))
         store_i64(call, _OUT, data_of(out))
+        store_i64(call, w.CALL_PHASE, given)
         start_call(geometry, call, weight, bias, mean, rstd, where, 0, 0)
         return 0
 

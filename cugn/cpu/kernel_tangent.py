@@ -312,7 +312,7 @@ def kernel(operation: str, kind: Kind) -> Program:
     @inner
     def finish(phase: int, geometry: int, call: int, task: int, store: int, scratch: int) -> None:
         if phase == 0:
-            finish_moments(geometry, call, task, store, scratch)
+            finish_moments(geometry, call, task, store, scratch, False)
         else:
             finish_sums(geometry, call, task, store, scratch)
             if second:

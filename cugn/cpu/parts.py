@@ -26,12 +26,14 @@ from .calls import (
 Array = Any
 
 
-def _prepared(plan: Plan, operation: str, arrays: list[Any], weight: Array, bias: Array, **options: Any) -> _Ready:
+def _prepared(
+    plan: Plan, operation: str, kernel: str, arrays: list[Any], weight: Array, bias: Array, **options: Any
+) -> _Ready:
     """What the calls of an operation under this plan share; arrays of x's shape, what is written last."""
     ready: _Ready | None = plan.__dict__.get(f"cpu_{operation}")
     if ready is not None and ready.setting == threads.count:
         return ready
-    small = operation.startswith("backward") and _smallest(plan) <= SMALL_GROUP
+    small = kernel == "backward" and _smallest(plan) <= SMALL_GROUP
     # sums are given in float64, and are
     wide = plan.y_dtype == "float64" or small or operation == "backward_sums"
     compute = "float64" if wide else "float32"
@@ -39,33 +41,35 @@ def _prepared(plan: Plan, operation: str, arrays: list[Any], weight: Array, bias
         plan, arrays, threads.count, compute=compute, phases=2,
         weight_kind=_kind(weight, plan.y_dtype), bias_kind=_kind(bias, plan.y_dtype), **options,
     )  # fmt: skip
-    kind = _kind_of_work(plan, shape, compute)._replace(dense=False, table=shape.table and operation == "normalize")
-    ready = plan.__dict__[f"cpu_{operation}"] = _ready(_kernel("parts", operation, kind), shape, weight, bias)
+    # a backward's rows group by group have their sums and dx in one phase
+    kind = _kind_of_work(plan, shape, compute)._replace(table=shape.table and kernel == "forward")
+    if "where" not in options:
+        kind = kind._replace(masked=False)
+    ready = plan.__dict__[f"cpu_{operation}"] = _ready(_kernel(kernel, kind), shape, weight, bias)
     return ready
 
 
-def _run(ready: _Ready, *arrays: Array) -> None:
-    """Call the kernel with the arrays by their ids."""
-    enter(ready, *[0 if array is None else id(array) for array in arrays])
+def run(ready: _Ready, *arguments: Array | int) -> None:
+    """Call the kernel with the arrays by their ids, and numbers as they are."""
+    enter(ready, *[0 if a is None else a if isinstance(a, int) else id(a) for a in arguments])
 
 
 def moments(plan: Plan, x: Array, where: Array) -> tuple[Array, Array, Array]:
     """Count, mean and sum of squared deviations of each group."""
-    ready = _prepared(plan, "moments", [x], None, None, where=where, writes=0)
-    mean, m2 = np.empty(plan.stats_shape), np.empty(plan.stats_shape)
-    kept = None if where is None else np.empty(plan.stats_shape)
-    _run(ready, x, mean, m2, kept, where)
-    if kept is not None:
-        return kept.astype(np.int64), mean, m2
-    return np.broadcast_to(np.diff(plan.group_bounds) * plan.S, plan.stats_shape).astype(np.int64), mean, m2
+    ready = _prepared(plan, "moments", "forward", [x], None, None, where=where, writes=0)
+    mean, m2 = np.empty(plan.stats_shape), np.empty((1 if where is None else 2, *plan.stats_shape))
+    run(ready, x, None, None, None, mean, m2, where, 0)
+    if where is not None:
+        return m2[1].astype(np.int64), mean, m2[0]
+    return np.broadcast_to(np.diff(plan.group_bounds) * plan.S, plan.stats_shape).astype(np.int64), mean, m2[0]
 
 
 def normalize(plan: Plan, x: Array, mean: Array, rstd: Array, weight: Array, bias: Array, out: Array) -> Array:
     """Output under statistics that the caller supplies."""
     if out is None:
         out = _empty_result(plan, x)
-    ready = _prepared(plan, "normalize", [x, out], weight, bias)
-    _run(ready, x, out, _vector(weight), _vector(bias), _statistics(plan, mean), _statistics(plan, rstd))
+    ready = _prepared(plan, "normalize", "forward", [x, out], weight, bias)
+    run(ready, x, out, _vector(weight), _vector(bias), _statistics(plan, mean), _statistics(plan, rstd), None, 1)
     return out
 
 
@@ -74,11 +78,14 @@ def backward_sums(
 ) -> tuple[Array, Array, Array, Array]:
     """Sums over groups and over samples, all in float64."""
     weight = np.ones(plan.C) if weight is None else weight.astype(np.float64)  # dweight and dbias come in its dtype
-    ready = _prepared(plan, "backward_sums", [x, dy], weight, bias, sums=geometry.SUMS, gradients=2, writes=0)
-    sums = np.empty(plan.stats_shape), np.empty(plan.stats_shape)
-    gradients = np.empty(plan.C), np.empty(plan.C)
-    _run(ready, x, dy, weight, _vector(bias), _statistics(plan, mean), _statistics(plan, rstd), *sums, *gradients)
-    return (*sums, *gradients)
+    ready = _prepared(
+        plan, "backward_sums", "backward", [x, dy], weight, bias, sums=geometry.SUMS, gradients=2, writes=0
+    )
+    mean, rstd = _statistics(plan, mean), _statistics(plan, rstd)
+    sums = np.empty((2, *plan.stats_shape))
+    dweight, dbias = np.empty(plan.C), np.empty(plan.C)
+    run(ready, x, dy, None, weight, _vector(bias), mean, rstd, dweight, dbias, None, 1, sums)
+    return sums[0], sums[1], dweight, dbias
 
 
 def backward_apply(
@@ -97,7 +104,8 @@ def backward_apply(
     """Gradient with respect to x from means that the caller supplies."""
     if out is None:
         out = _empty_result(plan, x)
-    ready = _prepared(plan, "backward_apply", [x, dy, out], weight, bias, where=where, sums=geometry.SUMS)
-    statistics = [_statistics(plan, values) for values in (mean, rstd, mean_wdy, mean_wdy_xhat)]
-    _run(ready, x, dy, out, _vector(weight), _vector(bias), *statistics, where)
+    ready = _prepared(plan, "backward_apply", "backward", [x, dy, out], weight, bias, where=where, sums=geometry.SUMS)
+    mean, rstd = _statistics(plan, mean), _statistics(plan, rstd)
+    means = np.stack([_statistics(plan, mean_wdy), _statistics(plan, mean_wdy_xhat)])
+    run(ready, x, dy, out, _vector(weight), _vector(bias), mean, rstd, None, None, where, 1, means)
     return out

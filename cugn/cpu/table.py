@@ -35,7 +35,8 @@ from .simd import (
 )
 from .statistics import itemsize, pair, record_writer
 
-_X, _DY, _OUT = 0, 1, 2  # positions among the arrays of the backward's geometry
+_X, _Y = 0, 1  # positions among the arrays of the forward's geometry
+_DY, _OUT = 1, 2  # and of the backward's
 _load64, _load64_part = loader("float64", "float64")
 _store64, _store64_part, _ = storer("float64", "float64")
 
@@ -61,8 +62,8 @@ def parameter_kernel(compute: str) -> Any:
 
 
 @cache
-def apply_sample_kernel(x: str, y: str, compute: str, activation: str | None, out: int) -> Any:
-    """apply(geometry, call, n, store, scratch): y of a sample from the records of its groups; `out`: y's position."""
+def apply_sample_kernel(x: str, y: str, compute: str, activation: str | None) -> Any:
+    """apply(geometry, call, n, store, scratch): y of a sample from the records of its groups."""
     load_x, load_x_part = loader(x, compute)
     load_c, _ = loader(compute, compute)
     store, store_part, store_stream = storer(y, compute)
@@ -105,7 +106,7 @@ def apply_sample_kernel(x: str, y: str, compute: str, activation: str | None, ou
         parameters(geometry, call, scratch)
         size = word(geometry, w.GROUP_CHANNELS)
         px = load_i64(call, _X) + n * word(geometry, w.ARRAYS + _X * w.ARRAY_WORDS + w.SN)
-        py = load_i64(call, out) + n * word(geometry, w.ARRAYS + out * w.ARRAY_WORDS + w.SN)
+        py = load_i64(call, _Y) + n * word(geometry, w.ARRAYS + _Y * w.ARRAY_WORDS + w.SN)
         weight = scratch + word(geometry, w.COEFFICIENTS_AT)
         bias = weight + word(geometry, w.COEFFICIENT_BYTES)
         stream = word(geometry, w.STREAM) != 0

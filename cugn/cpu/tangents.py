@@ -21,7 +21,7 @@ from .calls import (
     _smallest,
     _vector,
 )
-from .parts import _run
+from .parts import run
 
 Array = Any
 
@@ -67,7 +67,7 @@ def jvp(
         out = _empty_result(plan, x)
     ready = _prepared(plan, "jvp", [x, tx, out], weight, bias, where)
     statistics = np.empty(plan.stats_shape), np.empty(plan.stats_shape)
-    _run(ready, x, tx, out, _vector(weight), _vector(bias), _tangent(tweight), _tangent(tbias), *statistics, where)
+    run(ready, x, tx, out, _vector(weight), _vector(bias), _tangent(tweight), _tangent(tbias), *statistics, where)
     return out
 
 
@@ -89,7 +89,7 @@ def double_backward(
     gweight, gbias = np.empty(plan.C, dtype), np.empty(plan.C, dtype)
     statistics = np.empty(plan.stats_shape), np.empty(plan.stats_shape)
     vectors = (_vector(weight), _vector(bias), _tangent(ddweight), _tangent(ddbias))
-    _run(ready, x, ddx, dy, gdy, gx, *vectors, *statistics, gweight, gbias, where)
+    run(ready, x, ddx, dy, gdy, gx, *vectors, *statistics, gweight, gbias, where)
     if plan.weight_dtype in ("float16", "bfloat16"):
         kind = _dtype(plan.weight_dtype)
         gweight, gbias = gweight.astype(kind), gbias.astype(kind)

@@ -65,8 +65,9 @@ POOL_BYTES = 192
 
 
 # A call, int64 words at the start of a participant's scratch: addresses of the arrays, then of these; tasks whose
-# coefficients and records the participant has made
-(CALL_MEAN, CALL_RSTD, CALL_WORK, CALL_EXPANDED, CALL_FIRST, CALL_SECOND, CALL_RECORDS, CALL_PHASE) = range(8, 16)
+# coefficients and records the participant has made; sums over groups of a backward in parts (0 for a whole one); the
+# first phase, 1 where the caller gave the statistics
+(CALL_MEAN, CALL_RSTD, CALL_WORK, CALL_EXPANDED, CALL_PARTS, CALL_RECORDS, CALL_PHASE) = range(8, 15)
 # the ticket that a participant holds, pairs of a first and an end; where it looks for the next one
 (TICKET_N, TICKET_BUNDLE, TICKET_CHUNK, TICKET_STEP, CALL_PLACE, CALL_TAKEN) = (16, 18, 20, 22, 23, 24)
 # where dweight and dbias go; whether all coefficients that the participant has made are for x itself (`groups.py`)
