@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import files
+from . import command
 
 
 def report(options: argparse.Namespace) -> int:
@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run=report
     )
     normalize = commands.add_parser("normalize", help="normalize a .npy file or a Zarr array larger than memory")
-    files.add_arguments(normalize)
-    normalize.set_defaults(run=files.run)
+    command.add_arguments(normalize)
+    normalize.set_defaults(run=command.run)
     options = parser.parse_args(arguments)
     status: int = options.run(options)
     return status

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 import cugn
-from cugn import files
+from cugn import command, files, formats
+from cugn.__main__ import main
 
 SHAPE = (3, 8, 30, 40)
 LABELS = [0, 1, 2, 0, 1, 2, 0, 0]
@@ -35,7 +36,7 @@ AXES = {
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "BLOCK_BYTES", 4000)  # 115 kB of float32 are some 30 blocks
-    monkeypatch.setattr(files, "_resident", lambda: 0)  # pytest itself may be larger than the command's budget
+    monkeypatch.setattr(command, "_resident", lambda: 0)  # pytest itself may be larger than the command's budget
 
 
 @pytest.fixture
@@ -178,7 +179,7 @@ def test_zarr_shards(tmp_path: Path, x: Any) -> None:
 
 def status(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
     """Exit status and the line on standard error."""
-    code = files.main([str(argument) for argument in arguments])
+    code = main(["normalize", *map(str, arguments)])
     captured = capsys.readouterr()
     return code, captured.err
 
@@ -254,7 +255,7 @@ def test_errors_are_one_line(tmp_path: Path, x: Any, capsys: pytest.CaptureFixtu
     assert not [name for name in listing(tmp_path) if name.endswith(".part")]
     for option, value in (("--memory", "much"), ("--groups", "a"), ("--memory", "-1")):
         with pytest.raises(SystemExit) as exit_info:
-            files.main([str(tmp_path / "x.npy"), str(y), "--groups", "4", option, value])
+            main(["normalize", str(tmp_path / "x.npy"), str(y), "--groups", "4", option, value])
         assert exit_info.value.code == 2
     assert "is no" in capsys.readouterr().err
 
@@ -278,7 +279,7 @@ def test_interrupted(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files.NpyTarget, "write", interrupted)
+    monkeypatch.setattr(formats.NpyTarget, "write", interrupted)
     code, error = status(capsys, tmp_path / "x.npy", tmp_path / "y.npy", "--quiet", "--groups", 4)
     assert code == 130
     assert "y.npy: interrupted, nothing was left" in error
@@ -288,11 +289,11 @@ def test_interrupted(
 def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path, x: Any) -> None:
     """It is told, and no half of an array appears."""
     np.save(tmp_path / "x.npy", x)
-    source = files.NpySource(tmp_path / "x.npy")
+    source = formats.NpySource(tmp_path / "x.npy")
     os.truncate(tmp_path / "x.npy", 60_000)
     block = tuple(slice(0, n) for n in SHAPE)
     with pytest.raises(files.FileError, match=r"x\.npy: cut short while it was read"):
-        source.read(block, files.Memory())
+        source.read(block, formats.Memory())
 
 
 def test_zarr_is_not_installed(
@@ -311,7 +312,7 @@ def test_zarr_in_the_other_byte_order_and_two_runs(tmp_path: Path, x: Any) -> No
     pytest.importorskip("fcntl")
     source = zarr.create_array(tmp_path / "x.zarr", shape=x.shape, dtype=x.dtype.newbyteorder(), chunks=(1, 8, 30, 40))
     source[...] = x
-    first = files.ZarrSource(tmp_path / "x.zarr").like(tmp_path / "y.zarr", np.dtype("float32"))
+    first = formats.ZarrSource(tmp_path / "x.zarr").like(tmp_path / "y.zarr", np.dtype("float32"))
     with pytest.raises(files.FileError, match="another run is writing it"):
         files.normalize_file(tmp_path / "x.zarr", tmp_path / "y.zarr", 4)
     first.abandon()
@@ -327,7 +328,7 @@ def test_zarr_that_fails_in_the_middle_leaves_nothing(tmp_path: Path, x: Any, mo
     def failing(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.ZarrTarget, "write", failing)
+    monkeypatch.setattr(formats.ZarrTarget, "write", failing)
     with pytest.raises(OSError, match="No space left"):
         files.normalize_file(tmp_path / "x.zarr", tmp_path / "y.zarr", 4)
     assert listing(tmp_path) == ["x.zarr"]
@@ -338,7 +339,7 @@ def test_full_disk(tmp_path: Path, x: Any) -> None:
     import resource
 
     np.save(tmp_path / "x.npy", x)
-    command = [sys.executable, "-m", "cugn.files", "x.npy", "y.npy", "--groups", "4", "--quiet"]
+    command = [sys.executable, "-m", "cugn", "normalize", "x.npy", "y.npy", "--groups", "4", "--quiet"]
     result = subprocess.run(
         command,
         cwd=tmp_path,
@@ -358,7 +359,7 @@ def test_a_disk_that_is_too_full_shows_before_the_work(tmp_path: Path, x: Any, m
     np.save(tmp_path / "x.npy", x)
     usage = shutil.disk_usage(tmp_path)._replace(free=x.nbytes - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    monkeypatch.setattr(files.NpySource, "read", None)  # nothing may be read
+    monkeypatch.setattr(formats.NpySource, "read", None)  # nothing may be read
     with pytest.raises(files.FileError, match=r"y\.npy: no room for 115 kB: 115 kB are free"):
         files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", 4)
     assert listing(tmp_path) == ["x.npy"]
@@ -369,7 +370,7 @@ def test_memory_of_a_file_that_is_larger(tmp_path: Path) -> None:
     """One sample of 400 MB, two passes: the process stays below the 200 MB that it was given."""
     np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (1, 8, 100, 125_000))  # holes: quick to read
     program = (
-        "import sys; from cugn.files import main; code = main(sys.argv[1:]); "
+        "import sys; from cugn.__main__ import main; code = main(['normalize', *sys.argv[1:]]); "
         "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))); sys.exit(code)"
     )
     command = [sys.executable, "-c", program, "x.npy", "y.npy", "--groups", "4", "--memory", "200MB"]
@@ -383,7 +384,7 @@ def test_memory_of_a_file_that_is_larger(tmp_path: Path) -> None:
 def test_failure_in_the_middle_leaves_nothing(tmp_path: Path, x: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     np.save(tmp_path / "x.npy", x)
     (tmp_path / "y.npy").write_text("old")
-    real = files.NpyTarget.write
+    real = formats.NpyTarget.write
     written = []
 
     def failing(self: Any, index: Any, values: Any) -> None:
@@ -392,7 +393,7 @@ def test_failure_in_the_middle_leaves_nothing(tmp_path: Path, x: Any, monkeypatc
             raise OSError(28, "No space left on device")
         real(self, index, values)
 
-    monkeypatch.setattr(files.NpyTarget, "write", failing)
+    monkeypatch.setattr(formats.NpyTarget, "write", failing)
     with pytest.raises(OSError, match="No space left"):
         files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", 4, save_stats=tmp_path / "s.npz")
     assert listing(tmp_path) == ["s.npz", "x.npy", "y.npy"]
@@ -415,8 +416,8 @@ def test_on_the_way_to_the_disk_while_it_is_computed(
     tmp_path: Path, x: Any, order: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The ranges that the system is asked to write follow on each other, and cover all but the last of them."""
-    monkeypatch.setattr(files, "WRITE_BEHIND", 20_000)
-    monkeypatch.setattr(files, "WRITE_BYTES", 1_000)
+    monkeypatch.setattr(formats, "WRITE_BEHIND", 20_000)
+    monkeypatch.setattr(formats, "WRITE_BYTES", 1_000)
     np.save(tmp_path / "x.npy", np.asarray(x, order=order))
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda _, start, size, advice: asked.append((start, start + size)))
@@ -430,7 +431,7 @@ def test_on_the_way_to_the_disk_while_it_is_computed(
 def test_two_runs_to_one_target(tmp_path: Path, x: Any) -> None:
     pytest.importorskip("fcntl")
     np.save(tmp_path / "x.npy", x)
-    first = files.NpySource(tmp_path / "x.npy").like(tmp_path / "y.npy", x.dtype)
+    first = formats.NpySource(tmp_path / "x.npy").like(tmp_path / "y.npy", x.dtype)
     with pytest.raises(files.FileError, match="another run is writing it"):
         files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", 4)
     assert (tmp_path / ".y.npy.part").exists()
