@@ -138,7 +138,7 @@ def test_accuracy_of_normalize(row: str, dtype: str, fast: Library) -> None:
     table.test_normalize(row, dtype, fast)
 
 
-@pytest.mark.parametrize(("dtype", "activation"), zip(FLOATS, ["gelu", "silu", "relu", "gelu_tanh"], strict=True))
+@pytest.mark.parametrize(("dtype", "activation"), list(zip(FLOATS, ["gelu", "silu", "relu", "gelu_tanh"], strict=True)))
 def test_accuracy_of_activations(dtype: str, activation: str, checked: Library) -> None:
     """Fused into both directions, of values further apart than in `test_options_together`, which has every pair."""
     table.test_activations(dtype, activation, checked)
