@@ -12,6 +12,7 @@ import numpy as np
 import oracle
 import pytest
 import simt
+from covering import pairwise
 from cuda_on_cpu import NEEDED, emulated
 from libraries import FLOATS, dtype_of
 from simt import host_cupy
@@ -118,26 +119,25 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
-def test_double_backward(shape: tuple[int, ...], groups: int, dtype: str, last: bool) -> None:
+@pytest.mark.parametrize(("problem", "dtype", "last"), pairwise(SHAPES, FLOATS, (False, True)), ids=str)
+def test_double_backward(problem: tuple[tuple[int, ...], int], dtype: str, last: bool) -> None:
     """Every dtype, layout and kind of shape, in two orders of execution."""
+    shape, groups = problem
     case = inputs(shape, dtype)
     for seed in (0, 1 + sum(shape)):
         check_double(case, groups, last=last, seed=seed)
 
 
-@pytest.mark.parametrize("groups", [3, LABELS], ids=["equal", "labels"])
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_options_of_double_backward(activation: str | None, masked: bool, groups: Any) -> None:
+@pytest.mark.parametrize(
+    ("activation", "masked", "groups", "last", "given"),
+    pairwise(ACTIVATIONS, (False, True), (3, LABELS), (False, True), (True, False)),
+    ids=str,
+)
+def test_options_of_double_backward(activation: str | None, masked: bool, groups: Any, last: bool, given: bool) -> None:
     """Activations, masks, labels and absent parameters."""
     case = inputs((2, 6, 5, 7), "float64", masked)
     groups = list(groups) if isinstance(groups, tuple) else groups
-    for last in (False, True):
-        check_double(case, groups, activation=activation, last=last)
-    check_double(case, groups, activation=activation, given=False)
+    check_double(case, groups, activation=activation, last=last, given=given)
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
@@ -281,41 +281,40 @@ def tangent(case: Inputs, groups: Any, activation: str | None, given: bool = Tru
     return reference.jvp(plan, u, x, weight, bias, *tangents, case.where, None)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-def test_jvp(dtype: str, activation: str | None, masked: bool) -> None:
+# In one block, by labels, and over several blocks.
+JVP = [((2, 6, 5, 7), 3, ()), ((2, 6, 5, 7), LABELS, ()), ((1, 4, 7001), 2, (SMALL,))]
+
+
+@pytest.mark.parametrize(
+    ("activation", "dtype", "masked", "problem", "last"),
+    pairwise(ACTIVATIONS, FLOATS, (False, True), JVP, (False, True)),
+)
+def test_jvp(dtype: str, activation: str | None, masked: bool, problem: tuple[Any, ...], last: bool) -> None:
     """In one block and over several, both layouts, labels too."""
-    for shape, groups, devices in (
-        ((2, 6, 5, 7), 3, ()),
-        ((2, 6, 5, 7), list(LABELS), ()),
-        ((1, 4, 7001), 2, (SMALL,)),
-    ):
-        if len(shape) == 3 and (masked or activation in ("relu", "gelu")):
-            continue  # large groups: the options that change how the work is split
-        case = inputs(shape, dtype, masked)
-        wanted = tangent(case, groups, activation)
-        for last in (False, True):
-            turn = (lambda a: np.ascontiguousarray(np.moveaxis(a, 1, -1))) if last else (lambda a: a)
-            with emulated(*devices, seed=2) as library:
-                x, u = (library.array(turn(a)) for a in case[:2])
-                weight, bias, tweight, tbias = (library.array(a) for a in case[3:7])
-                where = None if case.where is None else library.array(turn(case.where))
-                ty = library.numpy(
-                    cugn.group_norm_jvp(
-                        *(u, x, groups, weight, bias),
-                        tweight=tweight,
-                        tbias=tbias,
-                        where=where,
-                        activation=activation,
-                        channel_axis=-1 if last else 1,
-                    )
-                )
-            ty = np.moveaxis(ty, -1, 1) if last else ty
-            assert ty.dtype == dtype_of(dtype)
-            # a difference of terms a few times its largest value, each with the rounding of x_hat: as dx, 4 e, twice
-            bound = 8 * oracle.epsilon(dtype_of(dtype)) * np.abs(wanted).max()
-            assert (np.abs(ty.astype(np.float64) - wanted) <= bound).all(), (shape, groups, last)
+    shape, groups, devices = problem
+    groups = list(groups) if isinstance(groups, tuple) else groups
+    case = inputs(shape, dtype, masked)
+    wanted = tangent(case, groups, activation)
+    turn = (lambda a: np.ascontiguousarray(np.moveaxis(a, 1, -1))) if last else (lambda a: a)
+    with emulated(*devices, seed=2) as library:
+        x, u = (library.array(turn(a)) for a in case[:2])
+        weight, bias, tweight, tbias = (library.array(a) for a in case[3:7])
+        where = None if case.where is None else library.array(turn(case.where))
+        ty = library.numpy(
+            cugn.group_norm_jvp(
+                *(u, x, groups, weight, bias),
+                tweight=tweight,
+                tbias=tbias,
+                where=where,
+                activation=activation,
+                channel_axis=-1 if last else 1,
+            )
+        )
+    ty = np.moveaxis(ty, -1, 1) if last else ty
+    assert ty.dtype == dtype_of(dtype)
+    # a difference of terms a few times its largest value, each with the rounding of x_hat: as dx, 4 e, twice
+    bound = 8 * oracle.epsilon(dtype_of(dtype)) * np.abs(wanted).max()
+    assert (np.abs(ty.astype(np.float64) - wanted) <= bound).all()
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, "uint8", "int16"])

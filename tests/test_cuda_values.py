@@ -15,6 +15,7 @@ import oracle
 import pytest
 import simt
 import test_accuracy as table
+from covering import pairwise
 from cuda_on_cpu import NEEDED, emulated
 from libraries import FLOATS, Library, dtype_of
 from simt import host_cupy
@@ -137,10 +138,9 @@ def test_accuracy_of_normalize(row: str, dtype: str, fast: Library) -> None:
     table.test_normalize(row, dtype, fast)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize(("dtype", "activation"), list(zip(FLOATS, ["gelu", "silu", "relu", "gelu_tanh"], strict=True)))
 def test_accuracy_of_activations(dtype: str, activation: str, checked: Library) -> None:
-    """Fused into both directions."""
+    """Fused into both directions, of values further apart than in `test_options_together`, which has every pair."""
     table.test_activations(dtype, activation, checked)
 
 
@@ -153,9 +153,9 @@ def test_one_element_a_group(dtype: str, value: float, fast: Library) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("offset", [0.0, 1e3])
-def test_accuracy_under_a_mask(dtype: str, offset: float, checked: Library) -> None:
+def test_accuracy_under_a_mask(dtype: str, offset: float, fast: Library) -> None:
     """The backward under `where`, of equal groups and of labels."""
-    table.test_masked_backward(dtype, offset, checked)
+    table.test_masked_backward(dtype, offset, fast)
 
 
 # ---------------------------------------------------------------- shapes
@@ -184,11 +184,10 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
-def test_shapes(shape: tuple[int, ...], groups: int, dtype: str, last: bool) -> None:
+@pytest.mark.parametrize(("problem", "dtype", "last"), pairwise(SHAPES, FLOATS, (False, True)), ids=str)
+def test_shapes(problem: tuple[tuple[int, ...], int], dtype: str, last: bool) -> None:
     """Every access checked, in two orders of execution."""
+    shape, groups = problem
     arrays = random(shape, dtype)
     for seed in (0, 1 + sum(shape)):
         with emulated(seed=seed) as library:
@@ -311,10 +310,11 @@ def test_batch_norm(dtype: str, last: bool, checked: Library) -> None:
     check_gradients(found, oracle.backward(dy, x, 12, weight, bias, batch_axis=None), dtype, "batch norm")
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("groups", [3, [0, 1, 0, 2, 2, 2, 1, 0, 2, 2, 2, 2]], ids=["equal", "labels"])
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize(
+    ("dtype", "groups", "masked", "last"),
+    pairwise(FLOATS, (3, [0, 1, 0, 2, 2, 2, 1, 0, 2, 2, 2, 2]), (False, True), (False, True)),
+    ids=str,
+)
 def test_labels_and_masks(dtype: str, groups: Any, masked: bool, last: bool, checked: Library) -> None:
     """Groups of unequal size whose channels lie apart, elements that do not count, and both."""
     options: dict[str, Any] = {}

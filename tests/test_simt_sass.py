@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+from collections import Counter
+
 import pytest
 from simt import sass
 
@@ -65,6 +69,34 @@ def test_local_memory(code, arch):
     assert row.local_loads
     assert row.local_stores
     assert row.stack >= 64
+
+
+@pytest.mark.skipif(sass.tool("nvdisasm") is None, reason="nvdisasm is not installed (nvidia-cuda-nvdisasm)")
+@pytest.mark.parametrize("arch", sass.ARCHITECTURES)
+def test_the_disassembler_sees_the_same_instructions(arch, tmp_path):
+    """Loads and stores of every width, of global and local memory."""
+    elements = ["signed char", "unsigned char", "short", "unsigned short", "int", "int2", "int4"]
+    parameters = ", ".join(f"{element}* p{i}" for i, element in enumerate(elements))
+    copies = " ".join(f"p{i}[threadIdx.x] = p{i}[threadIdx.x + 64];" for i in range(len(elements)))
+    code = f'extern "C" __global__ void copy({parameters}) {{ {copies} }}'
+    code += LOCAL_ARRAY.replace(" k(", " local(") + SPILLING.replace(" k(", " spilling(")
+    machine_code = sass.cubin(code, (), arch)
+    path = tmp_path / "kern.cubin"
+    path.write_bytes(machine_code)
+    text = subprocess.run([sass.tool("nvdisasm"), "-c", str(path)], capture_output=True, text=True, check=True).stdout
+    widths = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+    kernels = re.split(r"\n\.text\.(\w+):", text)
+    assert sorted(kernels[1::2]) == ["copy", "local", "spilling"]
+    seen = set()
+    for kernel, lines in zip(kernels[1::2], kernels[2::2], strict=True):
+        expected = Counter()
+        instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", lines)
+        for operation, *kinds in (instruction.split(".") for instruction in instructions):
+            if operation in sass.OPCODES.values():
+                expected[operation, next((widths[kind] for kind in kinds if kind in widths), 4)] += 1
+        assert sass.memory_instructions(sass.texts(machine_code)[kernel]) == (len(instructions), expected), kernel
+        seen |= expected.keys()
+    assert seen >= {("LDL", 4), ("STL", 4), *((o, w) for o in ("LDG", "STG") for w in (1, 2, 4, 8, 16))}
 
 
 def test_options_and_several_kernels():
