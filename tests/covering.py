@@ -2,22 +2,20 @@
 
 What goes wrong with one value of an option mostly goes wrong with any of the others, and what needs two mostly needs no
 third: where a test's dtypes, layouts and options are independent, it meets each pair of their values, and the whole
-product under CUGN_EVERY_KERNEL.
+product under CUGN_TESTS=all.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Hashable, Sequence
 from heapq import heapify, heapreplace
 from itertools import combinations, product
 from typing import Any, TypeVar
 
 import pytest
+from libraries import EVERYTHING
 
 T = TypeVar("T")
-
-EVERYTHING = os.environ.get("CUGN_EVERY_KERNEL", "")
 
 
 def covering(everything: Sequence[T], meets: Callable[[T], Collection[Hashable]]) -> list[T]:
@@ -42,9 +40,7 @@ def pairwise(*factors: Sequence[Any]) -> list[Any]:
     """The product of `factors` for `pytest.mark.parametrize`, skipped but for rows that meet each pair of values."""
     rows = list(product(*(range(len(values)) for values in factors)))
     chosen = set(covering(rows, lambda row: list(combinations(enumerate(row), 2))))
-    skipped = pytest.mark.skipif(
-        not EVERYTHING, reason="each pair of values is met by others: set CUGN_EVERY_KERNEL=once"
-    )
+    skipped = pytest.mark.skipif(not EVERYTHING, reason="each pair of values is met by others: set CUGN_TESTS=all")
     return [
         pytest.param(
             *(values[i] for values, i in zip(factors, row, strict=True)), marks=() if row in chosen else skipped

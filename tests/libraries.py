@@ -24,6 +24,14 @@ EVERYTHING = os.environ.get("CUGN_TESTS") == "all"
 """Whether cases run that need kernels of their own: the compiler takes five seconds for each of the CPU engine's."""
 
 
+def is_rare(dtype: str, labels: bool = False, masks: bool = False, strides: bool = False) -> bool:
+    """For rare(when=...): the 16-bit types, which differ in how elements are converted, share what has its own loops.
+
+    bfloat16 meets masks and strides, float16 labels; together they are met in float32 and float64.
+    """
+    return (dtype == "float16" and (masks or strides)) or (dtype == "bfloat16" and labels)
+
+
 def dtype_of(name: str) -> np.dtype[Any]:
     """NumPy dtype of a name, bfloat16 included."""
     return BFLOAT16 if name == "bfloat16" else np.dtype(name)

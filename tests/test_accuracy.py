@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from libraries import EVERYTHING, FLOATS, Library, dtype_of
+from libraries import EVERYTHING, FLOATS, Library, dtype_of, is_rare
 
 import cugn
 
@@ -339,6 +339,7 @@ def test_weight_of_another_dtype(dtype: str, weights: str) -> None:
     assert (error <= BACKWARD_FACTOR[dtype] * oracle.epsilon(dtype_of(dtype)) * expected.group_max).all()
 
 
+@pytest.mark.rare(when=lambda dtype: is_rare(dtype, masks=True))
 @pytest.mark.parametrize("where", ["half", "one element", "per channel", "spatial"])
 @pytest.mark.parametrize(("row", "dtype"), [c for c in CASES if "1e-" not in str(c.id) or "e-25" in str(c.id)])
 def test_masked_forward(row: str, dtype: str, where: str) -> None:
@@ -362,6 +363,7 @@ def test_masked_forward(row: str, dtype: str, where: str) -> None:
     check_y(y[inside], expected._replace(y=expected.y[inside], scale=expected.scale[inside]), dtype, where)
 
 
+@pytest.mark.rare(when=lambda dtype, library: library == "engine" and is_rare(dtype, labels=True, masks=True))
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("offset", [0.0, 1e3])
 def test_masked_backward(dtype: str, offset: float, library: Library) -> None:

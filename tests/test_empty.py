@@ -5,7 +5,7 @@ from __future__ import annotations
 import calls
 import numpy as np
 import pytest
-from libraries import FLOATS, Library, dtype_of
+from libraries import FLOATS, Library, dtype_of, is_rare
 
 import cugn
 
@@ -72,6 +72,7 @@ def test_labels() -> None:
     assert (y.shape, mean.shape) == ((2, 0, 3), (2, 0))
 
 
+@pytest.mark.rare(when=lambda dtype: is_rare(dtype, masks=True))
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_empty_group_under_a_mask(dtype: str) -> None:
     """A group without elements has NaN statistics, y and dx; the others are as without it."""

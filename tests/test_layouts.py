@@ -11,7 +11,7 @@ import calls
 import numpy as np
 import oracle
 import pytest
-from libraries import FLOATS, dtype_of
+from libraries import FLOATS, dtype_of, is_rare
 from test_accuracy import check_gradients, check_y
 
 import cugn
@@ -114,6 +114,7 @@ def _bytes(*arrays: np.ndarray) -> list[bytes]:
     return [a.tobytes() for a in arrays]
 
 
+@pytest.mark.rare(when=lambda layout, dtype: is_rare(dtype, strides=layout not in ("C", "channels last")))
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout(layout: str, dtype: str) -> None:

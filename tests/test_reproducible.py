@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from libraries import FLOATS, dtype_of, subprocess_environment, threads
+from libraries import FLOATS, dtype_of, is_rare, subprocess_environment, threads
 
 import cugn
 
@@ -79,6 +79,8 @@ CROSSED = [(s, o) for s in SHAPES for o in OPTIONS if o in ("plain", "labels") o
 
 def _rare(shape: str, dtype: str, last: bool, options: str) -> bool:
     """An activation's loops are those of the compute dtype, of a layout and of tables: each is met, not each pair."""
+    if is_rare(dtype, labels="labels" in options, masks="where" in options):
+        return True
     if options == "gelu":
         return dtype != "float64" or last or shape == "table"
     return options == "silu" and (dtype == "bfloat16" or (shape == "table" and dtype != "float32"))
@@ -141,14 +143,13 @@ def test_sample_in_any_batch_of_every_function(dtype: str, last: bool) -> None:
         _same(cugn.normalize(x[one], m.mean[one], rstd[one], groups, **options), y[one])
 
 
+@pytest.mark.rare(when=lambda dtype, options: is_rare(dtype, labels="labels" in options, masks="where" in options))
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("options", ["plain", "labels", "where", "labels, where"])
 @pytest.mark.parametrize("shape", ["blocks", "long", "table"])
 def test_threads_and_runs(shape: str, options: str, dtype: str, last: bool) -> None:
     """All results, dweight and dbias of group and batch norm too, from run to run and for each number of threads."""
-    if options == "labels, where" and dtype in ("float16", "bfloat16"):
-        pytest.skip("the loops of labels and of masks are run with this dtype; together they are run with wider ones")
     arguments, dy = _data(shape, dtype, last, options, 100 if shape == "table" else 12)
     groups = arguments.pop("groups")
 
@@ -207,6 +208,7 @@ def test_layer_and_instance_norm_are_group_norm(shape: str, dtype: str, last: bo
                 assert np.abs(a.astype(np.float64) - b.astype(np.float64)).max() == 0
 
 
+@pytest.mark.rare(when=lambda dtype, where: is_rare(dtype, labels=True, masks=where))
 @pytest.mark.parametrize("where", [False, True], ids=["all", "where"])
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -247,6 +249,7 @@ def test_relabelled_groups() -> None:
     _same(other.mean[:, names], mean)
 
 
+@pytest.mark.rare(when=lambda dtype, options: is_rare(dtype, labels=options == "labels"))
 @pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("options", ["plain", "labels"])
@@ -277,7 +280,7 @@ def test_one_bad_value_spoils_its_group_only(special: float, dtype: str, options
             _same(result.dweight[~mine], dweight[~mine])
 
 
-@pytest.mark.rare(when=lambda dtype, options: options == "silu" and dtype == "bfloat16")
+@pytest.mark.rare(when=lambda dtype, options: options != "plain" and dtype == "bfloat16")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("options", ["plain", "labels", "silu"])
 def test_a_group_far_from_zero_leaves_the_others_alone(dtype: str, options: str) -> None:
