@@ -46,7 +46,7 @@ def calls(shape: tuple[int, ...], groups: int, last: bool) -> dict[str, tuple[Ca
         "labels": (np.arange(channels) // (channels // groups) * 5 % groups, {}),
         "mask": (groups, {"where": laid_out(positions)}),
         "mask of channels": (groups, {"where": laid_out(rng.random(shape) < 0.8)}),
-        **{name: (groups, {"activation": name}) for name in ("relu", "silu", "gelu")},
+        **{name: (groups, {"activation": name}) for name in ("relu", "silu", "gelu") if name in FEATURES},
     }
     if len(shape) == 2:  # one position: a mask of positions would leave out whole samples
         del options["mask"]
