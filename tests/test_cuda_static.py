@@ -76,8 +76,9 @@ def shown(found: list[sass.Row]) -> str:
 
 
 def test_everything_compiles(rows: list[tuple[cuda.Specialisation, sass.Row]]) -> None:
-    """For every architecture, the kernel that was asked for and no other."""
-    assert {row.arch for _, row in rows} == set(sass.ARCHITECTURES)
+    """For every architecture (for one, if each is asked for once), the kernel that was asked for and no other."""
+    if os.environ.get("CUGN_EVERY_KERNEL") != "once":
+        assert {row.arch for _, row in rows} == set(sass.ARCHITECTURES)
     for s, row in rows:
         assert row.kernel == s.kernel
     assert [(s, row.arch) for s, row in rows] == [job for job in jobs() if job[0].kernel == rows[0][0].kernel]
