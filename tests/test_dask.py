@@ -79,8 +79,8 @@ def check_backward(got: Any, wanted: Any, terms: Any) -> None:
 def test_equals_numpy(chunks: Any, groups: Any, dtype: Any) -> None:
     x, dy, weight, bias, where = data(dtype)
     lazy_x, lazy_dy = da.from_array(x, chunks), da.from_array(dy, chunks)
-    # what an activation adds is the same in both dtypes
-    for options in ({}, {"where": where, "activation": "silu" if dtype == np.float32 else None}):
+    # what an activation adds is the same in both dtypes, and has kernels of its own
+    for options in ({}, {"where": where, "activation": "silu" if dtype == np.float32 or EVERYTHING else None}):
         wanted = cugn.group_norm_forward(x, groups, weight, bias, **options)
         lazy = cugn.group_norm_forward(lazy_x, groups, weight, bias, **options)
         check_forward(same_kind(lazy, wanted, lazy_x), wanted, weight, bias)
@@ -136,10 +136,12 @@ def test_gradients_of_channels_add_up_in_float64() -> None:
                 assert (np.abs(value - true) <= 4 * eps * size).all()
 
 
+@pytest.mark.rare(when=lambda activation: activation == "relu")
+@pytest.mark.parametrize("activation", ["silu", "relu"])
 @pytest.mark.parametrize("supplied", ["full", "one for all samples", "dask"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("chunks", [CHUNKINGS["batch"], CHUNKINGS["channels between groups"], CHUNKINGS["everything"]])
-def test_supplied_statistics(chunks: Any, dtype: Any, supplied: str) -> None:
+def test_supplied_statistics(chunks: Any, dtype: Any, supplied: str, activation: str) -> None:
     x, dy, weight, bias, where = data(dtype)
     if supplied == "one for all samples":
         x[:] = x[:1]
@@ -149,8 +151,8 @@ def test_supplied_statistics(chunks: Any, dtype: Any, supplied: str) -> None:
         mean, rstd = mean[0], rstd[:1]
     given = (da.from_array(mean, 1), da.from_array(rstd, 1)) if supplied == "dask" else (mean, rstd)
     lazy_x, lazy_dy = da.from_array(x, chunks), da.from_array(dy, chunks)
-    y = cugn.normalize(x, mean, rstd, 4, weight, bias, activation="silu")
-    lazy = cugn.normalize(lazy_x, *given, 4, weight, bias, activation="silu")
+    y = cugn.normalize(x, mean, rstd, 4, weight, bias, activation=activation)
+    lazy = cugn.normalize(lazy_x, *given, 4, weight, bias, activation=activation)
     assert lazy.chunks == lazy_x.chunks
     np.testing.assert_array_equal(lazy.compute(), y)
     for mask in (None, where):
@@ -216,20 +218,22 @@ def test_axes(groups: int, axes: Any, chunks: Any) -> None:
 
 
 @pytest.mark.parametrize("chunks", [CHUNKINGS["batch"], CHUNKINGS["everything"]])
-def test_dtypes(chunks: Any) -> None:
+@pytest.mark.rare(when=lambda groups: groups != 4)
+@pytest.mark.parametrize("groups", [4, LABELS], ids=["G=4", "labels"])
+def test_dtypes(groups: Any, chunks: Any) -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
     rng = np.random.default_rng(1)
     for dtype in (ml_dtypes.bfloat16, np.uint8, *((np.float16, np.int16) if EVERYTHING else ())):
         x = (100 * rng.random(SHAPE)).astype(dtype)
-        wanted = cugn.group_norm_forward(x, 4)
-        got = same_kind(cugn.group_norm_forward(da.from_array(x, chunks), 4), wanted, da.from_array(x, chunks))
+        wanted = cugn.group_norm_forward(x, groups)
+        got = same_kind(cugn.group_norm_forward(da.from_array(x, chunks), groups), wanted, da.from_array(x, chunks))
         # half an ulp of y on each side of a statistic that differs in its last bits
         eps = float(ml_dtypes.finfo(wanted.y.dtype).eps)
         assert np.abs(got[0].astype(float) - wanted.y.astype(float)).max() <= eps * np.abs(wanted.y.astype(float)).max()
         dy = rng.normal(size=SHAPE).astype(wanted.y.dtype)
         weight = rng.normal(size=12).astype(ml_dtypes.bfloat16)
-        lazy = cugn.group_norm_backward(da.from_array(dy, chunks), da.from_array(x, chunks), 4, weight)
-        grads = cugn.group_norm_backward(dy, x, 4, weight)
+        lazy = cugn.group_norm_backward(da.from_array(dy, chunks), da.from_array(x, chunks), groups, weight)
+        grads = cugn.group_norm_backward(dy, x, groups, weight)
         assert lazy.dweight.dtype == grads.dweight.dtype == weight.dtype
         for value, reference in zip(dask.compute(*lazy), grads, strict=True):
             assert value.dtype == reference.dtype

@@ -160,10 +160,12 @@ def test_values_of_other_groups(form: str, dtype: str, activation: str | None, l
         same(gx, double[1][1:2])
 
 
+@pytest.mark.rare(when=lambda dtype: dtype == "float32")
+@pytest.mark.parametrize(("dtype", "activation"), [("float64", None), ("float32", "silu")])
 @pytest.mark.parametrize("layout", ["first", "last"])
-def test_permuted_labels(layout: str) -> None:
+def test_permuted_labels(layout: str, dtype: str, activation: str | None) -> None:
     """Channels and labels permuted together: every result is permuted to the bit."""
-    call = Call("float64", None, layout, "small", "labels")
+    call = Call(dtype, activation, layout, "small", "labels")
     wanted = [call.jvp(), *call.double()]
     order = np.random.default_rng(3).permutation(len(call.groups))
     call.x, call.u, call.dy = (np.take(a, order, axis=call.axis) for a in (call.x, call.u, call.dy))
@@ -213,19 +215,21 @@ def test_bits(cell: tuple[str, str | None, str]) -> None:
         same(call.u, ty)
 
 
-def test_split_tasks() -> None:
+@pytest.mark.rare(when=lambda activation: activation is not None)
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_split_tasks(activation: str | None) -> None:
     """Samples larger than a thread's cache, taken by several threads: values against small parts, bits by threads."""
     rng = np.random.default_rng(1)
     u, dy, x = rng.normal(1, 2, size=(3, 1, 2, 600, 700)).astype(np.float32)
     results = []
     for count in (1, 2, 4):
         with threads(count):
-            double = cugn.group_norm_double_backward(u, dy, x, 1)
-            results.append([cugn.group_norm_jvp(u, x, 1), *double])
+            double = cugn.group_norm_double_backward(u, dy, x, 1, activation=activation)
+            results.append([cugn.group_norm_jvp(u, x, 1, activation=activation), *double])
     for result in results[1:]:
         for value, wanted in zip(result, results[0], strict=True):
             same(value, wanted)
-    expected = oracle.second(u, dy, x, 1)
+    expected = oracle.second(u, dy, x, 1, activation=activation)
     within(results[0][0], expected.gdy, expected.gdy_terms, "float32")
     for value, wanted, terms in zip(results[0][1:], expected[:3], expected[4:7], strict=True):
         within(value, wanted, terms, "float32")

@@ -104,10 +104,12 @@ def _rare(dtype: str, groups: Any, activation: str | None) -> bool:
 
 
 @pytest.mark.rare(when=_rare)
+@pytest.mark.rare(when=lambda views: views)
+@pytest.mark.parametrize("views", [False, True], ids=["copies", "views"])
 @pytest.mark.parametrize("activation", [None, "relu", "silu", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("groups", [4, [0, 2, 1, 0, 0, 1, 2, 0]], ids=["equal", "labels"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_sums_of_parts_make_the_backward(dtype: str, groups: Any, activation: str | None) -> None:
+def test_sums_of_parts_make_the_backward(dtype: str, groups: Any, activation: str | None, views: bool) -> None:
     rng = np.random.default_rng(3)
     x = rng.normal(3, 1, (3, 8, 9, 7)).astype(dtype)
     dy = rng.normal(size=x.shape).astype(dtype)
@@ -117,7 +119,7 @@ def test_sums_of_parts_make_the_backward(dtype: str, groups: Any, activation: st
     m = cugn.moments(x, groups, where=where)
     statistics = m.mean, m.rstd(1e-5)
     tiles = [np.s_[:, :, :4], np.s_[:, :, 4:, :5], np.s_[:, :, 4:, 5:]]
-    x_of, dy_of, where_of = ([np.ascontiguousarray(a[t]) for t in tiles] for a in (x, dy, where))
+    x_of, dy_of, where_of = ([a[t] if views else a[t].copy() for t in tiles] for a in (x, dy, where))
     parts = [cugn.backward_sums(dy_of[i], x_of[i], *statistics, groups, weight, bias, **options) for i in range(3)]
     whole = parts[0].merge(parts[1]).merge(parts[2])
     means = whole.sum_wdy / m.count, whole.sum_wdy_xhat / m.count
