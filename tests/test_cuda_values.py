@@ -16,7 +16,7 @@ import pytest
 import simt
 import test_accuracy as table
 from covering import pairwise
-from cuda_on_cpu import NEEDED, emulated
+from cuda_on_cpu import EMULATOR_NEEDED, NEEDED, emulated
 from libraries import FLOATS, Library, dtype_of
 from simt import host_cupy
 from test_accuracy import check_gradients, check_y
@@ -199,6 +199,7 @@ def test_shapes(problem: tuple[tuple[int, ...], int], dtype: str, last: bool) ->
             check_call(library, arrays, groups, last)
 
 
+@EMULATOR_NEEDED
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_both_sides_of_the_largest_resident_group(dtype: str, last: bool, fast: Library) -> None:
@@ -233,6 +234,7 @@ def test_both_sides_of_the_largest_resident_group(dtype: str, last: bool, fast: 
         check_call(library, random((1, 2, high), dtype), 1, last)
 
 
+@EMULATOR_NEEDED
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_both_sides_of_every_threshold(dtype: str, last: bool, fast: Library, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,6 +466,7 @@ def test_in_place(dtype: str, last: bool, size: int, checked: Library) -> None:
             assert checked.numpy(both[place]).tobytes() == checked.numpy(dx).tobytes()
 
 
+@EMULATOR_NEEDED
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("size", [4, 70_000], ids=["resident", "split"])
 def test_offsets_beyond_2_to_the_31(size: int, last: bool, fast: Library) -> None:
@@ -516,6 +519,7 @@ def bits(
     return [library.numpy(v).tobytes() for v in (y, mean, rstd, dx, dweight, dbias)]
 
 
+@EMULATOR_NEEDED
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("shape", "groups"), [((5, 8, 33), 4), ((3, 32, 3), 32), ((2, 2, 60_000), 1)], ids=str)
@@ -579,6 +583,7 @@ def test_it_runs_where_x_lives() -> None:
             cugn.group_norm(library.array(x), 2, W, B)
 
 
+@EMULATOR_NEEDED
 @pytest.mark.parametrize(
     ("shape", "groups", "options"),
     [
