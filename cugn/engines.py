@@ -52,14 +52,14 @@ def spec_of(array: Any) -> tuple[Any, ...]:
         return (kind, array.shape, array.dtype, array.strides)
     if isinstance(array, np.memmap):  # a view of a file is an ordinary array
         return (np.ndarray, array.shape, array.dtype, array.strides)
+    if kind.__module__ == "cupy" and issubclass(kind, sys.modules["cupy"].ndarray):
+        return (kind, array.shape, array.dtype, array.strides, array.data.device_id)
     strides = getattr(array, "strides", None)
-    device = getattr(getattr(array, "device", None), "id", None) if kind.__module__.startswith("cupy") else None
     return (
         kind,
         getattr(array, "shape", None),
         getattr(array, "dtype", None),
         strides if isinstance(strides, tuple) else None,
-        device,
     )
 
 
@@ -82,9 +82,9 @@ def _resolve(
             raise TypeError(f"{name} is from {other} and x from {library}: all arrays must be of one library")
         if name == "out" and library in ("dask", "jax"):
             raise TypeError(f"out is from {library}, whose arrays are not written in place: leave it out")
-        device = spec[4] if len(spec) > 4 else None
-        if device is not None and library != "dask" and device != x[4]:  # a Dask array does not tell its device
-            raise ValueError(f"{name} is on device {device} and x on device {x[4]}: all arrays must be on one device")
+        device, home = Spec(*spec).device, Spec(*x).device
+        if None not in (device, home) and device != home:
+            raise ValueError(f"{name} is on device {device} and x on device {home}: all arrays must be on one device")
     plan = Plan.of(
         Spec(*x),
         groups,

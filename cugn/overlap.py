@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ def _separate(out: Any, replaceable: tuple[tuple[str, Any], ...], others: tuple[
     addresses: 0.06 us instead of 0.2 us for each.
     """
     if type(out) is not np.ndarray:
-        return False
+        return type(out).__module__ == "cupy" and _separate_on_device(out, replaceable, others)
     flags = out.flags
     if not flags.writeable:
         return False
@@ -69,6 +70,24 @@ def _separate(out: Any, replaceable: tuple[tuple[str, Any], ...], others: tuple[
             if type(array) is not np.ndarray or array is out:
                 return False
             if not (owned and array.flags.owndata) and np.may_share_memory(out, array):
+                return False
+    return True
+
+
+def _separate_on_device(
+    out: Any, replaceable: tuple[tuple[str, Any], ...], others: tuple[tuple[str, Any], ...]
+) -> bool:
+    """The same for CuPy arrays: 2 us, where describing each of them to NumPy takes 4 us."""
+    if not out.flags.forc:
+        return False
+    bounds = sys.modules["cupy"].byte_bounds
+    low, high = bounds(out)
+    for arrays in (replaceable, others):
+        for _, array in arrays:
+            if array is None or (array is out and arrays is replaceable):
+                continue
+            first, end = bounds(array)
+            if first < high and low < end:
                 return False
     return True
 

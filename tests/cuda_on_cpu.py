@@ -18,6 +18,7 @@ from libraries import Library
 from simt import host_cupy, memory
 
 from cugn.cuda import compile as compile_
+from cugn.cuda import launches
 
 ON_DEVICE = os.environ.get("CUGN_CUDA") == "device"
 REASON = None if ON_DEVICE else host_cupy.missing() or simt.missing_tools()
@@ -46,6 +47,7 @@ def emulated(*devices: host_cupy.Properties, **settings: Any) -> Iterator[Librar
 def forget_devices() -> None:
     """The engine asks a device once for what it can; here another one may come under the same number."""
     compile_.device_properties.cache_clear()
+    launches.program.cache_clear()
 
 
 def to_device(array: Any) -> Any:

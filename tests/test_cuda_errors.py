@@ -12,6 +12,7 @@ from simt import host_cupy
 
 import cugn
 from cugn.cuda import compile as cuda_compile
+from cugn.cuda import launches
 
 pytestmark = NEEDED
 TWO = (host_cupy.Properties(), host_cupy.Properties())
@@ -54,6 +55,7 @@ def test_no_nvrtc(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     with emulated() as library:
         monkeypatch.setattr(sys.modules["cupy"], "RawModule", module)
         monkeypatch.setattr(cuda_compile, "_kernels", {})
+        launches.program.cache_clear()
         with pytest.raises(RuntimeError, match=r"NVRTC.*cugn\[cuda13\]"):
             cugn.group_norm(library.array(x), 2)
 

@@ -1,17 +1,16 @@
-"""Arrays of any strides: copies by a kernel of our own, and the views that make them."""
+"""Arrays of any strides: copies by a kernel of our own, memory orders of new arrays and masks, and dtypes by name."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ..layout import Layout
-from ..plan import INTEGERS, Plan
+from ..plan import Plan
 from .compile import Specialisation, kernel
 
 __all__ = [
@@ -22,9 +21,8 @@ __all__ = [
     "float64",
     "grouping",
     "like",
-    "mask_arguments",
+    "mask_of",
     "name_of",
-    "pieces",
 ]
 
 Array = Any
@@ -40,9 +38,6 @@ DTYPES = {
     "uint16": 7,
 }
 """As in kernels/types.cuh."""
-
-PIECE_BYTES = 8 << 20
-"""Arrays that no dense layout describes are copied in pieces of an eighth of x, or of this size if that is more."""
 
 MOST_AXES = 6
 THREADS = 256
@@ -116,140 +111,60 @@ def float64(array: Array) -> Array:
     return result
 
 
-def like(x: Array, dtype: Any, layout: Layout) -> tuple[Array, int, int]:
-    """A new array in x's memory order, and its (sn, so) in elements.
+def like(
+    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, dtype: Any, layout: Layout
+) -> tuple[tuple[int, ...] | None, tuple[int, int]]:
+    """Strides in bytes (None for C order) of a new array in the memory order of x, and its (sn, so) in elements.
 
     Where that order is not the layout's (a broadcast axis goes last there) the array is in the layout's.
     """
-    import cupy
+    of_x = sorted(range(len(shape)), key=lambda axis: (-abs(strides[axis]), axis))
+    if _packed(shape, range(len(shape))) == [stride // itemsize for stride in strides]:
+        of_x = list(range(len(shape)))
+    for order in (of_x, layout.axes):
+        packed = _packed(shape, order)
+        sn, so, sc, si = (_merged(shape, packed, part) for part in _parts(layout, len(shape), shape))
+        if sn is None or so is None or not (layout.inner == 1 or si == 1):
+            continue
+        if layout.C == 1 or sc == layout.inner:
+            in_order = list(order) == list(range(len(shape)))
+            return None if in_order else tuple(stride * dtype.itemsize for stride in packed), (sn, so)
+    raise AssertionError(f"no new array of {layout}")
 
-    array = cupy.empty_like(x, dtype=dtype)
-    parts = _parts(layout, array.ndim, array.shape)
-    strides = [_merged(array.shape, [s // array.itemsize for s in array.strides], part) for part in parts]
-    unit = layout.inner == 1 or strides[3] == 1
-    if None in strides or not unit or (layout.C > 1 and strides[2] != layout.inner):
-        array = cupy.empty([x.shape[axis] for axis in layout.axes], dtype)
-        array = array.transpose(sorted(range(x.ndim), key=layout.axes.__getitem__))
-        strides = [layout.outer * layout.C * layout.inner, layout.C * layout.inner]
-    assert strides[0] is not None
-    assert strides[1] is not None
-    return array, strides[0], strides[1]
+
+def _packed(shape: Sequence[int], order: Sequence[int]) -> list[int]:
+    """Strides of an array without gaps whose axes lie in memory in this order, the last one densest."""
+    strides, stride = [0] * len(shape), 1
+    for axis in reversed(order):
+        strides[axis] = stride
+        stride *= shape[axis]
+    return strides
 
 
-def mask_arguments(where: Array, plan: Plan) -> tuple[Any, ...]:
+def mask_of(where: Array, plan: Plan) -> tuple[Array, tuple[int, ...]]:
     """The mask and its strides along samples, outer, channels and inner; a mask of no such strides is copied."""
     import cupy
 
+    strides = _mask_strides(plan, where.shape, where.strides)
+    if strides is not None:
+        return where, strides
     layout = plan.layout
     assert layout is not None
-    where = cupy.broadcast_to(where, plan.shape)
-    strides = [_merged(plan.shape, where.strides, part) for part in _parts(layout, len(plan.shape), plan.shape)]
-    if None in strides:  # one byte an element of x
-        dense = cupy.empty([plan.shape[axis] for axis in layout.axes], np.bool_)
-        copy(where.transpose(layout.axes), dense)
-        sample = math.prod((layout.outer, layout.C, layout.inner))
-        where, strides = dense, [sample, layout.C * layout.inner, layout.inner, 1]
-    return (where, *(np.int64(s) for s in strides if s is not None))
+    dense = cupy.empty([plan.shape[axis] for axis in layout.axes], np.bool_)  # one byte an element of x
+    copy(cupy.broadcast_to(where, plan.shape).transpose(layout.axes), dense)
+    row = layout.C * layout.inner
+    return dense, (layout.outer * row, row, layout.inner, 1)
 
 
-class Piece(NamedTuple):
-    """Some groups of some samples, copied to dense arrays (n, channels, S)."""
-
-    plan: Plan
-    arrays: dict[str, Array]
-    where: Array
-    samples: slice
-    groups: slice
-    channels: slice
-    place: tuple[slice, ...]
-    """Of the piece in an array whose axes are permuted to batch, channel, spatial."""
-
-    def of(self, parameter: Array) -> Array:
-        """Its channels of a weight or bias."""
-        return None if parameter is None else parameter[self.channels]
-
-    def store(self, dense: Array, out: Array, plan: Plan) -> None:
-        """Copy what was computed for it to where it belongs."""
-        target = out.transpose((*plan.batch_axes, plan.channel_axis, *plan.spatial_axes))[self.place]
-        copy(dense.reshape(target.shape), target)
-
-
-def pieces(plan: Plan, arrays: dict[str, Array], where: Array) -> Iterator[Piece]:
-    """Cut a call into pieces. A group of a sample is the least, all of its channels where the groups are labelled.
-
-    Where there are gradients, integers become float32 (or float64 with float64 gradients), and the gradients, too.
-    """
-    import cupy
-
-    axes = (*plan.batch_axes, plan.channel_axis, *plan.spatial_axes)
-    views = {name: array.transpose(axes) for name, array in arrays.items()}
-    mask = None if where is None else cupy.broadcast_to(where, plan.shape).transpose(axes)
-    batch = len(plan.batch_axes)
-    lead = next((i for i, n in enumerate(plan.batch_shape) if n > 1), None)
-    count = 1 if lead is None else plan.batch_shape[lead]
-    size = plan.size * next(iter(arrays.values())).itemsize
-    budget = max(PIECE_BYTES, size // 8)
-    step = max(1, budget * count // size)
-    dtype = plan.x_dtype
-    if dtype in INTEGERS and len(arrays) > 1:
-        dtype = "float64" if plan.y_dtype == "float64" else "float32"
-    group_step = plan.G
-    if plan.labels is None and size // count > budget:
-        group_step = max(1, budget * count * plan.G // size)
-    D = plan.C // plan.G if plan.labels is None else 0
-    for start in range(0, count, step):
-        stop = min(start + step, count)
-        rest = plan.N // count
-        for g in range(0, plan.G, group_step):
-            groups = slice(g, min(g + group_step, plan.G))
-            channels = slice(groups.start * D, groups.stop * D) if D else slice(0, plan.C)
-            index = [slice(None)] * len(axes)
-            if lead is not None:
-                index[lead] = slice(start, stop)
-            index[batch] = channels
-            n, C = (stop - start) * rest, channels.stop - channels.start
-
-            def dense(
-                view: Array,
-                dtype: Any,
-                index: tuple[slice, ...] = tuple(index),
-                shape: tuple[int, ...] = (n, C, plan.S),
-            ) -> Array:
-                part = view[index]
-                result = cupy.empty(part.shape, dtype)
-                copy(part, result)
-                return result.reshape(shape)
-
-            yield Piece(
-                _piece_plan(plan, n, C, groups.stop - groups.start, dtype),
-                {name: dense(view, dtype_of(dtype)) for name, view in views.items()},
-                None if mask is None else dense(mask, np.bool_),
-                slice(start * rest, stop * rest),
-                groups,
-                channels,
-                tuple(index),
-            )
-
-
-@lru_cache(maxsize=256)
-def _piece_plan(plan: Plan, n: int, C: int, G: int, dtype: str) -> Plan:
-    """The plan of a dense piece, x in this dtype."""
-    dense = Layout("dense", (0, 1, 2), n, 1, C, plan.S, ((C * plan.S, plan.S),) * 4)
-    return replace(
-        plan,
-        shape=(n, C, plan.S),
-        batch_axes=(0,),
-        channel_axis=1,
-        spatial_axes=(2,),
-        batch_shape=(n,),
-        N=n,
-        C=C,
-        G=G,
-        stats_shape=(n, G),
-        layout=dense,
-        x_dtype=dtype,
-        y_dtype=plan.y_dtype if dtype == plan.x_dtype else dtype,
-    )
+@lru_cache(maxsize=1024)
+def _mask_strides(plan: Plan, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...] | None:
+    layout, ndim = plan.layout, len(plan.shape)
+    assert layout is not None
+    added = ndim - len(shape)
+    whole = [0] * added + [0 if n == 1 else stride for n, stride in zip(shape, strides, strict=True)]
+    found = [_merged(plan.shape, whole, part) for part in _parts(layout, ndim, plan.shape)]
+    merged = tuple(stride for stride in found if stride is not None)
+    return merged if len(merged) == len(found) else None
 
 
 def grouping(plan: Plan) -> tuple[Array, Array, Array]:
