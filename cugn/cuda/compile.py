@@ -131,21 +131,28 @@ def kernel(specialisation: Specialisation, shared_bytes: int) -> Any:
     key = (device, specialisation)
     function = _kernels.get(key)
     if function is None:
-        with _lock:
-            try:
-                module = cupy.RawModule(code=source(specialisation.file), options=options(specialisation))
-                function = module.get_function(specialisation.kernel)
-            except (ImportError, OSError, RuntimeError) as error:
-                if "nvrtc" not in str(error).lower():
-                    raise
-                raise RuntimeError(
-                    "the CUDA kernels are compiled by NVRTC, which CuPy could not load: install CUDA's NVRTC library, "
-                    "or CuPy with it (pip install 'cugn[cuda13]' or 'cugn[cuda12]' and nvidia-cuda-nvrtc)"
-                ) from error
-            _kernels[key] = function
+        with _lock:  # threads that want the same one wait for it
+            function = _kernels.get(key)
+            if function is None:
+                function = _kernels[key] = _built(specialisation)
     if shared_bytes > 48 << 10 and function.max_dynamic_shared_size_bytes < shared_bytes:
         function.max_dynamic_shared_size_bytes = device_properties(device).shared_per_block
     return function
+
+
+def _built(specialisation: Specialisation) -> Any:
+    import cupy
+
+    try:
+        module = cupy.RawModule(code=source(specialisation.file), options=options(specialisation))
+        return module.get_function(specialisation.kernel)
+    except (ImportError, OSError, RuntimeError) as error:
+        if "nvrtc" not in str(error).lower():
+            raise
+        raise RuntimeError(
+            "the CUDA kernels are compiled by NVRTC, which CuPy could not load: install CUDA's NVRTC library, "
+            "or CuPy with it (pip install 'cugn[cuda13]' or 'cugn[cuda12]' and nvidia-cuda-nvrtc)"
+        ) from error
 
 
 @lru_cache(maxsize=64)

@@ -136,7 +136,7 @@ def program(
     builder = _Builder(operation, plan, device_properties(device), mask, {name: Given(*rest) for name, *rest in given})
     getattr(builder, operation)()
     copied = [name for name in PARAMETERS if plan.C > 1 and name in builder.given and not builder.in_one_stretch(name)]
-    return Program(tuple(copied), tuple(builder.new), tuple(builder.launches))
+    return Program(tuple(copied), tuple(builder.new.values()), tuple(builder.launches))
 
 
 def added_rows(rows: int, channels: int, dtype: Any, result: str) -> Launch:
@@ -166,7 +166,7 @@ class _Builder:
         given: dict[str, Given],
     ) -> None:
         self.plan, self.device, self.given = plan, device, given
-        self.new: list[New] = []
+        self.new: dict[str, New] = {}
         self.launches: list[Launch] = []
         self.mask = () if mask is None else ("where", *(np.int64(stride) for stride in mask))
         self.gradients = "float64" if operation.endswith("_of_piece") else plan.weight_dtype
@@ -237,7 +237,8 @@ class _Builder:
 
     def backward(self) -> None:
         """`y`, which is dx, `dweight` and `dbias`; with the caller's `rstd` if there is one."""
-        self.parameter_gradients(self.differentiated())
+        self.differentiated()
+        self.parameter_gradients()
 
     backward_of_piece = backward
 
@@ -270,18 +271,19 @@ class _Builder:
             *(*_ints(box.spatial_parts, team), sums, *parameters, planes, channel_sums, partial),
         )
         self.launch("second_apply", box, before, (*self.array("y"), *self.array(gx), *self.mask), shared)
-        self.parameter_gradients(self.new[-1])
+        self.parameter_gradients()
 
     double_backward_of_piece = double_backward
 
     # ------------------------------------------------------------ steps of them
 
-    def differentiated(self) -> New:
-        """dx (or the tangent of y) to `y`; returns sums of v and v x_hat of each channel, (rows, C, 2)."""
+    def differentiated(self) -> None:
+        """dx (or the tangent of y) to `y`, and sums of v and v x_hat of each channel to `partial`, (rows, C, 2)."""
         p = self.problem
         box = self.resident_box()
         if box is None:
-            return self.differentiated_in_parts()
+            self.differentiated_in_parts()
+            return
         sums = config.channel_sums(p, box)
         partial = self.empty("partial", (sums.rows, p.C, 2), np.float64 if p.real == 8 else np.float32)
         parameters = self.parameters("weight", "bias", "tweight", "tbias")
@@ -299,10 +301,9 @@ class _Builder:
             config.backward_bytes(box, p),
             sums.rows * box.channel_tiles,
         )
-        return self.new[-1]
 
-    def differentiated_in_parts(self) -> New:
-        """As `differentiated`, each group split over blocks; returns the sums of each channel, (N, C, 2)."""
+    def differentiated_in_parts(self) -> None:
+        """As `differentiated`, each group split over blocks; the sums of each channel are (N, C, 2)."""
         plan, p = self.plan, self.problem
         box = config.split_box(p, self.device)
         planes = self.planes()
@@ -324,7 +325,6 @@ class _Builder:
             config.backward_sums_bytes(box, p),
         )
         partial = self.empty("partial", (p.N, p.C, 2))
-        of_channels = self.new[-1]
         threads, team = config.merge_channel_threads(p.D, box.spatial_parts, plan.labels is not None)
         self.merge(
             "merge_backward",
@@ -343,14 +343,13 @@ class _Builder:
             (planes, np.int32(plan.G), *self.labels(), *self.array("y"), *self.mask),
             config.backward_apply_bytes(box, p),
         )
-        return of_channels
 
-    def parameter_gradients(self, partial: New) -> None:
-        """`dweight` and `dbias` from sums of (rows, C, 2)."""
+    def parameter_gradients(self) -> None:
+        """`dweight` and `dbias` from `partial`."""
         for name in ("dweight", "dbias"):
             self.empty(name, (self.plan.C,), dtype_of(self.gradients))
-        rows, channels, _ = partial.shape
-        self.launches.append(added_rows(rows, channels, partial.dtype, self.gradients))
+        rows, channels, _ = self.new["partial"].shape
+        self.launches.append(added_rows(rows, channels, self.new["partial"].dtype, self.gradients))
 
     def merged_moments(
         self,
@@ -464,7 +463,7 @@ class _Builder:
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: Any = np.float64) -> str:
         """A new array, by its name."""
-        self.new.append(New(name, shape, np.dtype(dtype)))
+        self.new[name] = New(name, shape, np.dtype(dtype))
         return name
 
     def output(self, name: str) -> str:
@@ -474,7 +473,7 @@ class _Builder:
         dtype = dtype_of(plan.y_dtype)
         x, itemsize = self.given["x"], config.ITEMSIZE[plan.x_dtype]
         strides, self.strides[name] = like(plan.shape, x.strides, itemsize, dtype, plan.layout)
-        self.new.append(New(name, plan.shape, dtype, strides))
+        self.new[name] = New(name, plan.shape, dtype, strides)
         return name
 
     def planes(self) -> str:

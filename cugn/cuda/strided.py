@@ -43,11 +43,13 @@ MOST_AXES = 6
 THREADS = 256
 
 
+@lru_cache(maxsize=64)
 def name_of(dtype: Any) -> str:
     """Name of a dtype of CuPy's, ml_dtypes' included."""
     return str(np.dtype(dtype).name)
 
 
+@lru_cache(maxsize=64)
 def dtype_of(name: str) -> Any:
     """NumPy dtype of a name, bfloat16 included."""
     if name == "bfloat16":
