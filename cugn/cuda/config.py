@@ -44,8 +44,9 @@ ALIGNED_ROW_BYTES = 64
 """Wanted length of rows that begin and end at sectors: what the memory delivers at once. Narrow boxes are tall, and
 what is written for the merge of a channel is little beside what was read of it."""
 
-SMALL_BOX_BYTES = 24 << 10
-"""Small groups share a block up to this much shared memory: enough loads in flight, 9 blocks on a multiprocessor."""
+SMALL_BOX_BYTES = 48 << 10, 24 << 10
+"""Small groups share a block up to this much shared memory, of one array and of two: enough loads in flight, and several
+blocks on a multiprocessor."""
 
 SPLIT_BOX_BYTES = 84 << 10
 """Shared memory of the boxes of a split group: two blocks on a multiprocessor of sm_90, so that the loads of one hide
@@ -57,10 +58,10 @@ APPLY_ROWS = 2
 up to 16 a channel, are read less often. N = 1, C = 128, S = 512 * 512 still makes more than 264 boxes."""
 
 MOST_THREADS = 512
-"""Threads of the forward at most, as in its launch bounds: 128 registers each."""
+"""Threads of the forward, and of the plain backward, at most, as in their launch bounds: 128 registers each."""
 
 USUAL_THREADS = 256
-"""Threads of all other kernels, and of the forward where more than one block fits: one loads while the other sums."""
+"""Threads of all other kernels, and of these where more than one block fits: one loads while the other sums."""
 
 ONE_BLOCK_BYTES = 112 << 10
 """From this much shared memory on a multiprocessor holds one block: then it gets all the threads."""
@@ -112,6 +113,8 @@ class Problem:
     arrays: int
     """Arrays of a box that are held in shared memory: x, or x and dy; in the double backward ddx, too."""
     masked: bool
+    activation: bool
+    """Whether there is one."""
     contiguous_rows: bool
     """Whether consecutive rows of all arrays follow each other in memory (so == C * inner)."""
     contiguous_samples: bool
@@ -218,13 +221,14 @@ def resident_box(problem: Problem, device: Device) -> Box | None:
     if bytes_of(box, p) > limit:
         box = _flattened(p, box)  # rows without gaps
         return box if box.flat and bytes_of(box, p) <= limit else None
+    small = SMALL_BOX_BYTES[p.arrays - 1]
     while True:
         samples, groups = (1, min(p.G, 2 * box.groups)) if box.groups < p.G else (2 * box.samples, p.G)
         larger = _box(p, samples, p.outer, groups * p.D, p.inner)
-        if bytes_of(larger, p) > min(limit, SMALL_BOX_BYTES):
+        if bytes_of(larger, p) > min(limit, small):
             break
         box = larger
-    most = min(limit, max(SMALL_BOX_BYTES, bytes_of(box, p) * 9 // 8))
+    most = min(limit, max(small, bytes_of(box, p) * 9 // 8))
     return _laid_out(p, box, lambda box: bytes_of(box, p), most)
 
 
@@ -283,13 +287,13 @@ def channel_sums(problem: Problem, box: Box) -> Sums:
     """Few enough rows of partial sums for the memory that they take, many enough to fill the device.
 
     A row of two sums is wanted for each sample tile; blocks take several tiles where that would come near the size of
-    x, or where there are more than 4096 blocks anyway.
+    x, or where there are more than 2048 blocks anyway.
     """
     p = problem
     row_bytes = 2 * p.C * p.real
     x_bytes = p.N * p.C * p.outer * p.inner * p.itemsize
     most_rows = max(1, max(x_bytes // PARTIAL_SHARE, min(1 << 20, x_bytes // 2)) // row_bytes)
-    repeat = max(1, -(-box.sample_tiles // most_rows), box.tiles // 4096)
+    repeat = max(1, -(-box.sample_tiles // most_rows), box.tiles // 2048)
     repeat = min(repeat, box.sample_tiles)
     return Sums(repeat, -(-box.sample_tiles // repeat))
 
@@ -309,7 +313,8 @@ def _box(p: Problem, samples: int, rows: int, channels: int, columns: int) -> Bo
     row_tiles, column_tiles = -(-p.outer // rows), -(-p.inner // columns)
     groups = max(1, channels // p.D)
     elements = samples * rows * width
-    most = MOST_THREADS if p.arrays == 1 and elements * p.itemsize >= ONE_BLOCK_BYTES else USUAL_THREADS
+    alone = elements * p.arrays * p.itemsize >= ONE_BLOCK_BYTES
+    most = MOST_THREADS if alone and _has_many_threads(p) else USUAL_THREADS
     threads = min(most, max(32, _power_of_two(elements // p.vector // 4)))
     units = samples * groups
     group_chunks = max(1, rows * width // groups // p.vector)
@@ -331,6 +336,12 @@ def _box(p: Problem, samples: int, rows: int, channels: int, columns: int) -> Bo
         group_team=_team(threads, units, group_chunks, LEAST_TEAM),
         channel_team=_team(threads, samples * channels, channel_chunks),
     )
+
+
+def _has_many_threads(p: Problem) -> bool:
+    """Whether the kernel's launch bounds allow MOST_THREADS: as LARGE_BACKWARD in `kernels/box.cuh`."""
+    plain = not (p.tangent or p.masked or p.activation) and p.real == 4 and p.inner >= p.vector
+    return p.arrays == 1 or (p.arrays == 2 and plain)
 
 
 def _contiguous(p: Problem, samples: int, rows: int, width: int) -> bool:

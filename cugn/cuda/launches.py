@@ -141,7 +141,7 @@ def program(
 
 def added_rows(rows: int, channels: int, dtype: Any, result: str) -> Launch:
     """`dweight` and `dbias`, of the dtype `result`, from the sums `partial` of shape (rows, channels, 2)."""
-    threads = 32 * min(8, -(-rows // 8))
+    threads = 32 * min(32, -(-rows // 8))
     return Launch(
         kernel(Specialisation.of("parameter_gradients"), 0),
         -(-channels // 32),
@@ -196,6 +196,7 @@ class _Builder:
             tangent=operation.startswith(("jvp", "double_backward")),
             arrays=len(large),
             masked=plan.masked,
+            activation=plan.activation is not None,
             contiguous_rows=all(so == row or layout.outer == 1 for _, so in self.strides.values()),
             contiguous_samples=all(sn == sample or layout.N == 1 for sn, _ in self.strides.values()),
             aligned_rows=all(

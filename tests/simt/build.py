@@ -174,10 +174,12 @@ def standard_of(options: Sequence[str]) -> str:
 
 # ---------------------------------------------------------------- inline PTX
 
-#: The instructions that kernels may use, and their stand-ins in device.h: one register in, one out.
+#: The instructions that kernels may use, and their stand-ins in device.h: one register in, one out; or only inputs.
 PTX = {
     "cvt.f32.f16 %0, %1;": "simt::float_of_half",
     "cvt.rn.f16.f32 %0, %1;": "simt::half_of_float",
+    "cp.async.cg.shared.global [%0], [%1], 16;": "simt::copy_async",
+    "cp.async.wait_all;": "simt::copies_arrived",
 }
 
 
@@ -185,12 +187,15 @@ def without_ptx(code: str) -> str:
     """Each `asm` statement that is known here, as a call; g++ refuses the others. Lines stay where they are."""
 
     def call(match: re.Match[str]) -> str:
-        instruction, result, operand = match.groups()
+        instruction, outputs, inputs = match.groups()
         function = PTX.get(" ".join(instruction.split()))
-        return match[0] if function is None else f"({result} = {function}({operand}))"
+        operand = r'"=?\w"\s*\((\w+)\)'
+        result, arguments = re.findall(operand, outputs), re.findall(operand, inputs)
+        called = f"{function}({', '.join(arguments)})"
+        return match[0] if function is None else f"({result[0]} = {called})" if result else called
 
     return re.sub(
-        r'\basm(?:\s+volatile)?\s*\(\s*"([^"]*)"\s*:\s*"=\w"\s*\((\w+)\)\s*:\s*"\w"\s*\((\w+)\)\s*\)', call, code
+        r'\basm(?:\s+volatile)?\s*\(\s*"([^"]*)"\s*:([^:;]*):([^:;]*?)(?::\s*"memory"\s*)?\)(?=;)', call, code
     )
 
 

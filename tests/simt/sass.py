@@ -37,7 +37,7 @@ RESERVED_SHARED = 1024
 
 #: Instructions that access memory, by the lower nine bits of their 128 (three more tell kinds of operands apart), and
 #: bytes of an access by bits 73 to 75, on all ARCHITECTURES: test_simt_sass.py holds them against the disassembler.
-OPCODES = {0x181: "LDG", 0x186: "STG", 0x183: "LDL", 0x187: "STL"}
+OPCODES = {0x181: "LDG", 0x186: "STG", 0x183: "LDL", 0x187: "STL", 0x1AE: "LDGSTS"}
 WIDTHS = (1, 1, 2, 2, 4, 8, 16, 32)
 
 
@@ -167,7 +167,7 @@ def inspect(label: str, arch: int, machine_code: bytes) -> list[Row]:
                 local=found["LOCAL"],
                 local_loads=sum(n for (operation, _), n in count.items() if operation == "LDL"),
                 local_stores=sum(n for (operation, _), n in count.items() if operation == "STL"),
-                wide_loads=count["LDG", 16],
+                wide_loads=count["LDG", 16] + count["LDGSTS", 16],
                 wide_stores=count["STG", 16],
                 instructions=total,
             )

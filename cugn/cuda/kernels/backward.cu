@@ -47,6 +47,7 @@ template <class FromX, class FromV> struct Gradient {
   const bool shares;  // whether there are groups of two elements
 
   typedef Entries Entry;
+  typedef ::Scale Scale;
   struct Group {
     Centre centre;
     Coefficient coefficient;
@@ -63,16 +64,17 @@ template <class FromX, class FromV> struct Gradient {
     Pack<x_t, K> x, v;
     bool used[K];
   };
+  static constexpr int UNROLL = ENTRIES == 1 ? 2 : 1;  // loads in flight, of each array
 
   __device__ __forceinline__ int unit(int n, int c) const {
     return n * box.groups + (box.groups == 1 ? 0 : by_group.quotient(c));
   }
   __device__ __forceinline__ Group group(int u) const { return {tables.centre(u), tables.coefficient(u, shares)}; }
-  __device__ __forceinline__ Entries entry(const Group& group, int c) const {
+  __device__ __forceinline__ Scale scale(int c) const { return tables.scale(c, BENT); }
+  __device__ __forceinline__ Entries entry(const Group& group, const Scale& scale) const {
     const Centre& centre = group.centre;
     const Coefficient& coefficient = group.coefficient;
-    const Scale scale = tables.scale(c, BENT);
-    const real bend = scale.times(centre.rstd);
+    const real bend = scale.safe * centre.rstd;
     Entries e = {centre.high, centre.low, centre.unit, centre.rstd,       REAL_IS_DOUBLE ? bend * centre.unit * coefficient.share : bend,
                  bend,        scale.bias, coefficient.along, coefficient.offset};
 #if TANGENT
@@ -88,10 +90,14 @@ template <class FromX, class FromV> struct Gradient {
   }
 
   __device__ __forceinline__ Input input(int n, int r) const { return {x.row(n, r), v.row(n, r)}; }
+  __device__ __forceinline__ bool rows_aligned() const { return x.rows_aligned() && v.rows_aligned(); }
+  __device__ __forceinline__ bool aligned_at(const Input& from, int e) const {
+    return ((size_t)(from.x + e) | (size_t)(from.v + e)) % (VY * sizeof(x_t)) == 0;
+  }
   template <int K>
-  __device__ __forceinline__ void load(Values<K>& values, const Input& from, int e, int n, int r, int q) const {
-    values.x = load_pack<x_t, K>(from.x + e, (size_t)(from.x + e) % (K * sizeof(x_t)) == 0);
-    values.v = load_pack<x_t, K>(from.v + e, (size_t)(from.v + e) % (K * sizeof(x_t)) == 0);
+  __device__ __forceinline__ void load(Values<K>& values, const Input& from, int e, int n, int r, int q, bool aligned) const {
+    values.x = load_pack<x_t, K>(from.x + e, aligned);
+    values.v = load_pack<x_t, K>(from.v + e, aligned);
 #pragma unroll
     for (int k = 0; k < K; ++k) values.used[k] = TANGENT || mask.at(n, r, q + k);
   }
@@ -132,65 +138,122 @@ struct ChannelSums {
   __device__ __forceinline__ double* end(int count) const { return of_v_x_hat + spread<double>(count); }
 };
 
-// Sums over each channel c of each sample n in the box, to sums[n nc + c], by teams; v = dz, or tx where it is used. x_hat is
-// about the statistics in the tables, whatever they are.
-__device__ __forceinline__ void sum_channels(const Shared<x_t>& x, const Shared<x_t>& dy, const Mask& mask, const Box& box,
-                                             int team, const Tables& tables, double* scratch,
-                                             const ChannelSums& sums) {
-  const int units = box.ns * box.nc, teams = blockDim.x / team, lane = threadIdx.x & (team - 1);
-  const Divisor by_channels(box.nc), by_group(box.group_channels);
-  for (int first = 0; first < units; first += teams) {
-    const int unit = in_turn(first + threadIdx.x / team, units, box.ncol), n = by_channels.quotient(unit), c = unit - n * box.nc, q0 = c * box.ncol;
-    const int rows = unit < units ? box.nr : 0;
-    double sum_v = 0, sum_v_x_hat = 0;
-    if (rows) {
-      const int u = n * box.groups + by_group.quotient(c);
-      const Centre centre = tables.centre(u);
-      const Scale scale = BENT && !TANGENT ? tables.scale(c) : Scale();
-      if (tables.in_reals(u) && in_reals(scale)) {
-        real run_v = 0, run_v_x_hat = 0;
-        walk(rows, box.ncol, lane, team,
-             [&](auto width, int r, int i) {
-               constexpr int K = decltype(width)::value;
-               real xs[K], vs[K];
-               read<X_DTYPE, K>(x, n, r, q0 + i, xs);
-               read<X_DTYPE, K>(dy, n, r, q0 + i, vs);
+// Sums over each channel c of each sample n in the box, to sums[n nc + c]; v = dz, or tx where it is used. x_hat is about the
+// statistics in the tables, whatever they are. Where a row has one element of a channel, threads take columns; else teams
+// take channels.
+struct SumChannels {
+  const Shared<x_t>&x, &dy;
+  const Mask& mask;
+  const Box& box;
+  const Tables& tables;
+  const ChannelSums& sums;
+  const Divisor by_group;
+
+  __device__ __forceinline__ int group_of(int n, int c) const { return n * box.groups + by_group.quotient(c); }
+
+  // Elements q, ..., q + K - 1 of a row, of one channel or (centre, scale: arrays) of K of them.
+  template <int K, class OfGroup, class OfChannel, class Add>
+  __device__ __forceinline__ void add(int n, int r, int q, OfGroup centre, OfChannel scale, Add add) const {
+    real xs[K], vs[K];
+    read<X_DTYPE, K>(x, n, r, q, xs);
+    read<X_DTYPE, K>(dy, n, r, q, vs);
 #pragma unroll
-               for (int k = 0; k < K; ++k) {
-                 const real x_hat = centred(centre, xs[k]) * centre.rstd;
+    for (int k = 0; k < K; ++k) {
+      const real x_hat = centred(centre(k), xs[k]) * centre(k).rstd;
 #if TANGENT
-                 const real v = mask.at(n, r, q0 + i + k) ? vs[k] : (real)0;
-                 run_v += v;
-                 run_v_x_hat += mask.at(n, r, q0 + i + k) ? v * x_hat : (real)0;
+      const bool used = mask.at(n, r, q + k);
+      add(k, used ? vs[k] : (real)0, used ? x_hat : (real)0);
 #else
-                 const real v = ACTIVATION == IDENTITY ? vs[k] : vs[k] * slope(fma(x_hat, scale.weight, scale.bias));
-                 run_v += v;
-                 run_v_x_hat = fma(v, x_hat, run_v_x_hat);
+      add(k, ACTIVATION == IDENTITY ? vs[k] : vs[k] * slope(fma(x_hat, scale(k).weight, scale(k).bias)), x_hat);
 #endif
-               }
-             },
-             [&] {
-               sum_v += run_v;
-               sum_v_x_hat += run_v_x_hat;
-               run_v = run_v_x_hat = 0;
-             });
-      } else {
-        const Statistic statistic = tables.statistic(u);
-        walk_slowly(rows, box.ncol, lane, team, [&](int r, int i) {
-          const double x_hat = exact_x_hat(statistic, x.data[x.index(n, r, q0 + i)]);
-          double v = to_double<X_DTYPE>(dy.data[dy.index(n, r, q0 + i)]);
-          if (!TANGENT && BENT) v *= exact_slope(x_hat, scale);
-          if (!TANGENT || mask.at(n, r, q0 + i)) {
-            sum_v += v;
-            sum_v_x_hat = fma(v, x_hat, sum_v_x_hat);
-          }
-        });
-      }
     }
-    const Pair total = team_sum({sum_v, sum_v_x_hat}, team, scratch);
-    if (rows && lane == 0) sums.set(unit, total);
   }
-}
+  __device__ __forceinline__ Pair slowly(int n, int r, int q, const Statistic& statistic, const Scale& scale) const {
+    const double x_hat = exact_x_hat(statistic, x.data[x.index(n, r, q)]);
+    double v = to_double<X_DTYPE>(dy.data[dy.index(n, r, q)]);
+    if (!TANGENT && BENT) v *= exact_slope(x_hat, scale);
+    if (TANGENT && !mask.at(n, r, q)) return {0, 0};
+    return {v, v * x_hat};
+  }
+
+  __device__ __forceinline__ void by_teams(int team, double* scratch) const {
+    const int units = box.ns * box.nc, teams = blockDim.x / team, lane = threadIdx.x & (team - 1);
+    const Divisor by_channels(box.nc);
+    for (int first = 0; first < units; first += teams) {
+      const int unit = in_turn(first + threadIdx.x / team, units, box.ncol), n = by_channels.quotient(unit), c = unit - n * box.nc;
+      const int rows = unit < units ? box.nr : 0, q0 = c * box.ncol;
+      double sum_v = 0, sum_v_x_hat = 0;
+      if (rows) {
+        const int u = group_of(n, c);
+        const Scale scale = BENT && !TANGENT ? tables.scale(c) : Scale();
+        if (tables.in_reals(u) && in_reals(scale)) {
+          const Centre centre = tables.centre(u);
+          real run_v = 0, run_v_x_hat = 0;
+          walk(rows, box.ncol, lane, team,
+               [&](auto width, int r, int i) {
+                 add<decltype(width)::value>(n, r, q0 + i, [&](int) -> const Centre& { return centre; },
+                                             [&](int) -> const Scale& { return scale; }, [&](int, real v, real x_hat) {
+                                               run_v += v;
+                                               run_v_x_hat = fma(v, x_hat, run_v_x_hat);
+                                             });
+               },
+               [&] {
+                 sum_v += run_v;
+                 sum_v_x_hat += run_v_x_hat;
+                 run_v = run_v_x_hat = 0;
+               });
+        } else {
+          const Statistic statistic = tables.statistic(u);
+          walk_slowly(rows, box.ncol, lane, team, [&](int r, int i) {
+            const Pair one = slowly(n, r, q0 + i, statistic, scale);
+            sum_v += one.a;
+            sum_v_x_hat += one.b;
+          });
+        }
+      }
+      const Pair total = team_sum(Pair{sum_v, sum_v_x_hat}, team, scratch);
+      if (rows && lane == 0) sums.set(unit, total);
+    }
+  }
+
+  template <int K> __device__ __forceinline__ void by_columns() const {
+    Centre centre[K];
+    Scale scale[K];
+    sum_columns<K>(
+        box,
+        [&](int n, int c) {
+          bool plain = true;
+#pragma unroll
+          for (int k = 0; k < K; ++k) {
+            const int u = group_of(n, c + k);
+            centre[k] = tables.centre(u);
+            if (BENT && !TANGENT) scale[k] = tables.scale(c + k);
+            plain = plain && tables.in_reals(u) && in_reals(scale[k]);
+          }
+          return plain;
+        },
+        [&](auto, int n, int r, int c, real(&a)[K], real(&b)[K]) {
+          add<K>(n, r, c, [&](int k) -> const Centre& { return centre[k]; }, [&](int k) -> const Scale& { return scale[k]; },
+                 [&](int k, real v, real x_hat) {
+                   a[k] += v;
+                   b[k] = fma(v, x_hat, b[k]);
+                 });
+        },
+        [&](int n, int r, int c) {
+          return slowly(n, r, c, tables.statistic(group_of(n, c)), BENT && !TANGENT ? tables.scale(c) : Scale());
+        },
+        [&](int i) { return sums.at(i); }, [&](int i, const Pair& sum) { sums.set(i, sum); });
+  }
+
+  __device__ __forceinline__ void operator()(int team, double* scratch) const {
+    if (MAYBE_COLUMNS && box.ncol == 1 && box.nr > 1) {
+      if (box.nc % COLUMNS == 0) by_columns<COLUMNS>();
+      else by_columns<1>();
+    } else {
+      by_teams(team, scratch);
+    }
+  }
+};
 
 // Sums of v and v x_hat of each channel of each sample in the box: as sum_channels left them; or, under SINGLE, of the one
 // element of the channel, which costs less than to keep them: a third of the accesses of shared memory.
@@ -316,6 +379,7 @@ extern "C" __global__ void BACKWARD_BOUNDS
 #if MASKED
     mask.fill(work.mask, where, where_sn, where_so, where_sc, where_si, box);
 #endif
+    copies_arrived();
     __syncthreads();
 
     const int units = box.ns * box.groups, G = C / D;
@@ -323,10 +387,11 @@ extern "C" __global__ void BACKWARD_BOUNDS
       const int team = group_team, teams = blockDim.x / team, lane = threadIdx.x & (team - 1);
       for (int first = 0; first < units; first += teams) {
         const int u = in_turn(first + threadIdx.x / team, units, box.run), n = u / box.groups, k = u - n * box.groups;
-        Moments m = moments_of(x_tile, mask, box, n, k, u < units ? box.nr : 0, lane, team, shared);
+        const double given = have_rstd && u < units ? rstd_given[(box.n0 + n) * G + box.g0 + k] : 0;
+        Moments m = moments_of(x_tile, mask, box, n, k, u < units ? box.nr : 0, lane, team, shared, given > 0x1p-48 && given < 0x1p+48);
         if (u < units && lane == 0) {
           m.fit(eps);
-          const double r = have_rstd ? rstd_given[(box.n0 + n) * G + box.g0 + k] / m.unit : m.rstd(eps);
+          const double r = have_rstd ? given / m.unit : m.rstd(eps);
           tables.set(u, {m.mean, m.low, r, m.unit});
           if (m.count <= FEW_ELEMENTS && !REAL_IS_DOUBLE) tables.to_exact(u);
           if (MASKED) work.counts[u] = m.count;
@@ -337,7 +402,7 @@ extern "C" __global__ void BACKWARD_BOUNDS
 
     const SumsOfChannels sums = {x_tile, dy_tile, mask, box, tables, work.sums, Divisor(box.group_channels)};
 #if !SINGLE
-    sum_channels(x_tile, dy_tile, mask, box, channel_team, tables, shared, work.sums);
+    SumChannels{x_tile, dy_tile, mask, box, tables, work.sums, Divisor(box.group_channels)}(channel_team, shared);
     __syncthreads();
 #endif
 #if !TANGENT
@@ -447,6 +512,7 @@ extern "C" __global__ void BACKWARD_SUMS_BOUNDS
       tables.set(u, statistic_of({planes, N * G}, group));
     });
   }
+  copies_arrived();
   __syncthreads();
 
   if (!have_statistics) {
@@ -467,7 +533,7 @@ extern "C" __global__ void BACKWARD_SUMS_BOUNDS
     __syncthreads();
   }
 
-  sum_channels(x_tile, dy_tile, mask, box, channel_team, tables, shared, work.sums);
+  SumChannels{x_tile, dy_tile, mask, box, tables, work.sums, Divisor(box.group_channels)}(channel_team, shared);
   __syncthreads();
   double* to = sums + 2 * ((box.n0 * box.spatial_parts + box.spatial_part) * C + box.c0);
   for (int c = threadIdx.x; c < box.nc; c += blockDim.x) {
@@ -597,6 +663,7 @@ __device__ __forceinline__ void add_rows(const Partial* partial, int rows, int C
   const int c = blockIdx.x * 32 + (threadIdx.x & 31), part = threadIdx.x >> 5, parts = blockDim.x >> 5;
   double sum_v = 0, sum_v_x_hat = 0;
   if (c < C) {
+#pragma unroll 8  // eight loads in flight
     for (int r = part; r < rows; r += parts) {
       sum_v += (double)partial[2 * ((long long)r * C + c)];
       sum_v_x_hat += (double)partial[2 * ((long long)r * C + c) + 1];
@@ -614,7 +681,7 @@ __device__ __forceinline__ void add_rows(const Partial* partial, int rows, int C
     store_any(dbias, dtype, (long long)c * step, sum_v);
   }
 }
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(1024)
     parameter_gradients(const void* partial, const int doubles, const int rows, const int C, void* dweight, void* dbias,
                         const int dtype, const int step) {
   if (doubles) add_rows((const double*)partial, rows, C, dweight, dbias, dtype, step);

@@ -17,8 +17,10 @@
 #define APPLY_BOUNDS \
   __launch_bounds__(256, HEAVY || (VECTOR_CHANNELS > 1 && REAL_IS_DOUBLE) || (VECTOR_CHANNELS > 2 && X_DTYPE != FLOAT32) ? 2 : 3)
 #define MORE_THAN_SUMS (TANGENT || MASKED || ACTIVATION != IDENTITY)
+// As config.most_threads.
+#define LARGE_BACKWARD (!REAL_IS_DOUBLE && VECTOR_CHANNELS <= 2 && !MORE_THAN_SUMS)
 #define BACKWARD_BOUNDS \
-  __launch_bounds__(256, REAL_IS_DOUBLE || SINGLE || MORE_THAN_SUMS || (VECTOR_CHANNELS > 2 && Y_DTYPE < FLOAT32) ? 1 : 2)
+  __launch_bounds__(LARGE_BACKWARD ? 512 : 256, LARGE_BACKWARD || REAL_IS_DOUBLE || SINGLE || MORE_THAN_SUMS || (VECTOR_CHANNELS > 2 && Y_DTYPE < FLOAT32) ? 1 : 2)
 #define BACKWARD_SUMS_BOUNDS __launch_bounds__(256, HEAVY ? 1 : 2)
 #define BACKWARD_APPLY_BOUNDS \
   __launch_bounds__(256, HEAVY || (VECTOR_CHANNELS > 2 && Y_DTYPE < FLOAT32 && MORE_THAN_SUMS) ? 1 : 2)
@@ -59,6 +61,28 @@ struct Divisor {
   float inverse;
   __device__ __forceinline__ Divisor(int d) : inverse(1.0f / (float)d) {}
   __device__ __forceinline__ int quotient(int n) const { return (int)(((float)n + 0.5f) * inverse); }
+};
+
+// Number i of things that lie in rows of `per_row`, as (row, place in the row), from one to the one `step` further on: two
+// additions, where a quotient for each would be conversions.
+struct Stepper {
+  int row, place;
+  int rows, places, per_row;  // of a step; of a row
+  __device__ __forceinline__ Stepper(int i, int step, int per_row) : per_row(per_row) {
+    const Divisor by_row(per_row);
+    row = by_row.quotient(i);
+    place = i - row * per_row;
+    rows = by_row.quotient(step);
+    places = step - rows * per_row;
+  }
+  __device__ __forceinline__ void next() {
+    row += rows;
+    place += places;
+    if (place >= per_row) {
+      place -= per_row;
+      ++row;
+    }
+  }
 };
 
 struct Box {
@@ -103,6 +127,10 @@ struct Box {
   __device__ __forceinline__ int segment_length() const { return flat ? ns * nr * width : width; }
 };
 
+template <class T> __device__ __forceinline__ int elements_past_16_bytes(const T* p) {
+  return (int)((size_t)p / sizeof(T) % (16 / sizeof(T)));
+}
+
 // A box of an array in global memory.
 template <class T> struct Global {
   T* origin;         // element (0, 0, 0) of the box
@@ -110,60 +138,48 @@ template <class T> struct Global {
   __device__ __forceinline__ Global(T* base, long long sn, long long so, const Box& box, long long inner)
       : origin(base + box.n0 * sn + box.o0 * so + box.c0 * inner + box.i0), sn(sn), so(so) {}
   __device__ __forceinline__ T* row(int n, int r) const { return origin + n * sn + r * so; }
+  // Whether every row begins at a multiple of 16 bytes.
+  __device__ __forceinline__ bool rows_aligned() const {
+    return elements_past_16_bytes(origin) == 0 && ((int)(sn | so) & (16 / (int)sizeof(T) - 1)) == 0;
+  }
 };
-
-template <class T> __device__ __forceinline__ int elements_past_16_bytes(const T* p) {
-  return (int)((size_t)p / sizeof(T) % (16 / sizeof(T)));
-}
 
 // A box in shared memory. Each stretch keeps its distance from a 16-byte boundary, so that vectors stay vectors.
 template <class T> struct Shared {
   T* data;
   int head, step_n, step_r;  // that distance at (0, 0), and how it changes from sample to sample and row to row
-  int pitch, flat, width, nr;
+  int row_step, nr;          // elements from row to row
   static constexpr int V = 16 / sizeof(T);
 
   __device__ __forceinline__ Shared(T* data, const Global<const T>& from, const Box& box)
-      : data(data), head(elements_past_16_bytes(from.origin)), step_n((int)(from.sn & (V - 1))),
-        step_r((int)(from.so & (V - 1))), pitch(box.pitch), flat(box.flat), width(box.width), nr(box.nr) {}
+      : data(data), head(elements_past_16_bytes(from.origin)), step_n(box.flat ? 0 : (int)(from.sn & (V - 1))),
+        step_r(box.flat ? 0 : (int)(from.so & (V - 1))), row_step(box.flat ? box.width : box.pitch), nr(box.nr) {}
 
   __device__ __forceinline__ int head_of(int n, int r) const { return (head + n * step_n + r * step_r) & (V - 1); }
   // Index of an element of row r of sample n; 16-byte aligned where it is a multiple of V.
-  __device__ __forceinline__ int index(int n, int r, int q) const {
-    const int s = n * nr + r;
-    return flat ? head + s * width + q : s * pitch + head_of(n, r) + q;
-  }
+  __device__ __forceinline__ int index(int n, int r, int q) const { return (n * nr + r) * row_step + head_of(n, r) + q; }
   __device__ __forceinline__ const T* row(int n, int r) const { return data + index(n, r, 0); }
+  __device__ __forceinline__ bool rows_aligned() const { return head == 0 && (step_n | step_r | (row_step & (V - 1))) == 0; }
 
-  // Bring the box in: every byte is read once, four vectors of a thread in flight.
+  // Bring the box in: every byte is read once. It is there after copies_arrived() and a barrier.
   __device__ void fill(const Global<const T>& from, const Box& box) {
     const int segments = box.segments(), length = box.segment_length();
-    const bool aligned = head == 0 && (segments == 1 || ((step_n | step_r) == 0)) && length % V == 0;
-    const int vectors = aligned ? length / V : (length + 2 * V - 2) / V, count = segments * vectors;
-    const Divisor by_vectors(vectors), by_rows(nr);
-    constexpr int UNROLL = 4;
-    for (int first = threadIdx.x; first < count; first += UNROLL * blockDim.x) {
-      Pack<T, V> pack[UNROLL];
-      int to[UNROLL];
-#pragma unroll
-      for (int u = 0; u < UNROLL; ++u) {
-        const int v = first + u * blockDim.x;
-        to[u] = -1;
-        if (v < count) {
-          const int s = segments == 1 ? 0 : by_vectors.quotient(v), n = box.ns == 1 ? 0 : by_rows.quotient(s);
-          const int r = s - n * nr, j = v - s * vectors, e = j * V - head_of(n, r);
-          if (e >= 0 && e + V <= length) {
-            to[u] = (flat ? 0 : s * pitch) + j * V;
-            pack[u] = load_pack<T, V>(from.row(n, r) + e, true);
-          }
-        }
+    if (segments == 1) {  // one stretch
+      const int whole = (head + length) / V;
+#pragma unroll 4
+      for (int v = threadIdx.x + (head > 0); v < whole; v += blockDim.x) copy_16_bytes(data + v * V, from.origin + (v * V - head));
+    } else {
+      const bool aligned = head == 0 && (step_n | step_r) == 0 && length % V == 0;
+      const int vectors = aligned ? length / V : (length + 2 * V - 2) / V, rows = box.ns * nr;
+      const Divisor by_rows(nr);
+      Stepper at(threadIdx.x, blockDim.x, vectors);
+      for (; at.row < rows; at.next()) {
+        const int n = box.ns == 1 ? 0 : by_rows.quotient(at.row), r = at.row - n * nr, e = at.place * V - head_of(n, r);
+        if (e >= 0 && e + V <= length) copy_16_bytes(data + at.row * row_step + at.place * V, from.row(n, r) + e);
       }
-#pragma unroll
-      for (int u = 0; u < UNROLL; ++u) {
-        if (to[u] >= 0) *reinterpret_cast<uint4*>(data + to[u]) = pack[u].word;
-      }
+      if (aligned) return;
     }
-    if (aligned) return;
+    const Divisor by_rows(nr);
     for (int v = threadIdx.x; v < segments * 2 * V; v += blockDim.x) {  // the ends of each stretch
       const int s = v / (2 * V), n = box.ns == 1 ? 0 : by_rows.quotient(s), r = s - n * nr, start = head_of(n, r);
       const int edge = v & (2 * V - 1), past = (start + length) & (V - 1);  // elements after the last whole vector
@@ -214,29 +230,40 @@ struct Pair {
 // Doubles that a block needs in shared memory for team_sum and team_max: two for each warp.
 constexpr int MOST_WARPS = 32, SCRATCH = 2 * MOST_WARPS;
 
-// Sum over a team, the same bits in each of its threads; the order depends on `team` alone. Called by the whole block.
-__device__ __forceinline__ Pair sum_of_lanes(Pair v, int lanes) {
+// Sums over a team, the same bits in each of its threads; the order depends on `team` alone. Called by the whole block.
+template <int K> __device__ __forceinline__ void sum_of_lanes(double (&v)[K], int lanes) {
   for (int offset = lanes >> 1; offset > 0; offset >>= 1) {
-    v.a += __shfl_xor_sync(0xffffffffu, v.a, offset);
-    v.b += __shfl_xor_sync(0xffffffffu, v.b, offset);
+#pragma unroll
+    for (int k = 0; k < K; ++k) v[k] += __shfl_xor_sync(0xffffffffu, v[k], offset);
   }
-  return v;
 }
-__device__ __forceinline__ Pair team_sum(Pair v, int team, double* scratch) {
-  v = sum_of_lanes(v, min(team, 32));
+template <int K> __device__ __forceinline__ void team_sums(double (&v)[K], int team, double* scratch) {
+  static_assert(K <= SCRATCH / MOST_WARPS, "room in the scratch");
+  sum_of_lanes(v, min(team, 32));
   if (team > 32) {
     __syncthreads();  // the scratch may still be being read
     const int warp = threadIdx.x >> 5, warps = team >> 5;
     if ((threadIdx.x & 31) == 0) {
-      scratch[warp] = v.a;
-      scratch[MOST_WARPS + warp] = v.b;
+#pragma unroll
+      for (int k = 0; k < K; ++k) scratch[k * MOST_WARPS + warp] = v[k];
     }
     __syncthreads();
     // Each lane reads the sum of one warp of the team: were all read by all, it would cost more than a small group itself.
     const int other = (warp & -warps) + (threadIdx.x & (warps - 1));
-    v = sum_of_lanes({scratch[other], scratch[MOST_WARPS + other]}, warps);
+#pragma unroll
+    for (int k = 0; k < K; ++k) v[k] = scratch[k * MOST_WARPS + other];
+    sum_of_lanes(v, warps);
   }
-  return v;
+}
+__device__ __forceinline__ Pair team_sum(const Pair& v, int team, double* scratch) {
+  double sums[2] = {v.a, v.b};
+  team_sums(sums, team, scratch);
+  return {sums[0], sums[1]};
+}
+__device__ __forceinline__ double team_sum(double v, int team, double* scratch) {
+  double sum[1] = {v};
+  team_sums(sum, team, scratch);
+  return sum[0];
 }
 
 __device__ __forceinline__ double max_of_lanes(double v, int lanes) {
@@ -300,13 +327,20 @@ constexpr int SHORT_RUN = X_DTYPE == FLOAT32 ? 4 : 16;
 // the run is a whole number of them) or one by one. body(Count<K>, row, first) takes K elements; flush() closes a short run.
 template <int V, class Body, class Flush>
 __device__ __forceinline__ void deal(int rows, int run, int lane, int team, Body body, Flush flush) {
-  const int per_row = run / V, count = rows * per_row;
-  const Divisor by_row(per_row);
-  for (int j = lane; j < count;) {
-    for (int u = 0; u < SHORT_RUN / V && j < count; ++u, j += team) {
-      const int r = rows == 1 ? 0 : by_row.quotient(j);
-      body(Count<V>(), r, (j - r * per_row) * V);
+  const int per_row = run / V;
+  if (rows == 1) {
+    for (int j = lane; j < per_row;) {
+#pragma unroll
+      for (int u = 0; u < SHORT_RUN / V; ++u, j += team)
+        if (j < per_row) body(Count<V>(), 0, j * V);
+      flush();
     }
+    return;
+  }
+  Stepper at(lane, team, per_row);
+  while (at.row < rows) {
+#pragma unroll 1
+    for (int u = 0; u < SHORT_RUN / V && at.row < rows; ++u, at.next()) body(Count<V>(), at.row, at.place * V);
     flush();
   }
 }
@@ -320,10 +354,92 @@ template <class Body> __device__ __forceinline__ void walk_slowly(int rows, int 
   }
 }
 
+// Whether runs are whole vectors, and whether a row may have one element of a channel; the option is that of these kernels only.
+#if defined(KERNEL_FORWARD) || defined(KERNEL_BACKWARD)
+constexpr bool WHOLE_RUNS = VECTOR_CHANNELS == 1 && VX == VY, MAYBE_COLUMNS = VECTOR_CHANNELS > 2;
+#else
+constexpr bool WHOLE_RUNS = false, MAYBE_COLUMNS = true;
+#endif
+
 template <class Body, class Flush>
 __device__ __forceinline__ void walk(int rows, int run, int lane, int team, Body body, Flush flush) {
-  if (run % VX == 0) deal<VX>(rows, run, lane, team, body, flush);
+  if (WHOLE_RUNS || run % VX == 0) deal<VX>(rows, run, lane, team, body, flush);
+  else if (VX > 2 && run % (VX / 2) == 0) deal<(VX + 1) / 2>(rows, run, lane, team, body, flush);
   else deal<1>(rows, run, lane, team, body, flush);
+}
+
+// Lanes that `vectors` of a line are dealt to: the most of which at least 8 in 9 have one.
+__device__ __forceinline__ int lanes_for(int vectors) {
+  int shift = 5;
+  while (shift > 0 && 8 * (((vectors + (1 << shift) - 1) >> shift) << shift) > 9 * vectors) --shift;
+  return 1 << shift;
+}
+
+// ---- sums over the rows of channels-last boxes: threads own columns
+
+// Elements of a row that a thread sums up side by side: more take registers.
+constexpr int COLUMNS = VX < 4 ? VX : 4;
+
+// Sums over the rows of two values of each channel of each sample in the box, where a row has one element of a channel: to
+// set(n nc + c, sums), by warps that hold some columns and every so many rows. begin(n, c) looks up what the columns c, ...,
+// c + K - 1 need, body(Count<K>, n, r, c, a, b) adds the values of K elements to a and b, which are added to float64 sums
+// every SHORT_RUN rows; slowly(n, r, c + k, sum) takes the elements one by one where begin() returned false. Called by the
+// whole block; `at` reads what set() wrote.
+template <int K, class Begin, class Body, class Slowly, class At, class Set>
+__device__ __forceinline__ void sum_columns(const Box& box, Begin begin, Body body, Slowly slowly, At at, Set set) {
+  const int vectors = box.nc / K, lanes = lanes_for(vectors), slots_of_warp = 32 / lanes;
+  const int lines = (vectors + lanes - 1) / lanes, units = box.ns * lines, warps = blockDim.x >> 5;
+  const int sharing = max(1, warps / units);  // warps that share a unit
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, share = warp % sharing;
+  const Divisor by_lines(lines);
+  for (int first = 0; first < units; first += warps / sharing) {
+    const int unit = first + warp / sharing, n = by_lines.quotient(unit);
+    const int v = (unit - n * lines) * lanes + (lane & (lanes - 1)), c = v * K;
+    const bool mine = unit < units && v < vectors && warp / sharing < warps / sharing;
+    double sum_a[K] = {}, sum_b[K] = {};
+    if (mine) {
+      int r = share * slots_of_warp + lane / lanes;
+      const int step = sharing * slots_of_warp;
+      if (begin(n, c)) {
+        while (r < box.nr) {
+          real a[K] = {}, b[K] = {};
+          for (int u = 0; u < SHORT_RUN && r < box.nr; ++u, r += step) body(Count<K>(), n, r, c, a, b);
+#pragma unroll
+          for (int k = 0; k < K; ++k) {
+            sum_a[k] += a[k];
+            sum_b[k] += b[k];
+          }
+        }
+      } else {
+#pragma unroll 1
+        for (; r < box.nr; r += step) {
+#pragma unroll
+          for (int k = 0; k < K; ++k) {
+            const Pair one = slowly(n, r, c + k);
+            sum_a[k] += one.a;
+            sum_b[k] += one.b;
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      for (int offset = 16; offset >= lanes; offset >>= 1) {
+        sum_a[k] += __shfl_xor_sync(0xffffffffu, sum_a[k], offset);
+        sum_b[k] += __shfl_xor_sync(0xffffffffu, sum_b[k], offset);
+      }
+    }
+    for (int other = 0; other < sharing; ++other) {  // one after the other, in order
+      if (other) __syncthreads();
+      if (mine && lane < lanes && share == other) {
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+          const Pair before = other ? at(n * box.nc + c + k) : Pair{0, 0};
+          set(n * box.nc + c + k, {before.a + sum_a[k], before.b + sum_b[k]});
+        }
+      }
+    }
+  }
 }
 
 // ---- writing: every element of the box through an operation that depends on its channel
@@ -342,11 +458,10 @@ struct Place {
   }
 };
 
-// Op: Input (where a row's elements come from), Values<K> (K of them), Entry (what a channel of a sample needs), Group (the part
-// of it that its group needs), and unit(n, c), group(unit), entry(group, c), slow(entry), fast(entry, values, k); for slow
-// entries the same in float64, ExactGroup, exact_group(unit) and exact(group, c, values, k). An entry is looked up once for as
-// long as a thread stays in its channels: for good in channels-last, where a few threads may have nothing to do for it, once
-// a vector elsewhere.
+// Op: Input (where a row's elements come from), Values<K> (K of them), Entry (what a channel of a sample needs), Group and
+// Scale (the parts of it that its group and its channel need), and unit(n, c), group(unit), scale(c), entry(group, scale),
+// slow(entry), load(values, from, element, place, aligned), fast(entry, values, k); for slow entries the same in float64, ExactGroup, exact_group(unit) and exact(group, c,
+// values, k).
 //
 // VECTOR_CHANNELS: channels that an aligned vector of the output lies in at most. 1, 2 (a channel's run is at least a
 // vector), or 16 for any number.
@@ -358,15 +473,206 @@ constexpr bool KEPT = ENTRIES <= 2;
 #else
 constexpr bool KEPT = !(REAL_IS_DOUBLE && ENTRIES > 4);
 #endif
+// Whether every vector of a column of vectors has the same channels, wherever rows are aligned.
+constexpr bool IN_LINES = KEPT && ENTRIES != 2;
 
-template <class Op> __device__ __forceinline__ void apply(const Op& op, const Global<y_t>& out, const Box& box) {
+// The entries of the vector at `place`, of its sample; `here`: elements of it in its first channel, where there may be two.
+template <class Op>
+__device__ __forceinline__ void look_up(const Op& op, Place place, int here, const Box& box, typename Op::Entry (&entry)[ENTRIES]) {
+  typename Op::Group group;
+  int unit = -1;  // whose it is
+#pragma unroll
+  for (int k = 0; k < ENTRIES; ++k) {
+    const int other = op.unit(place.n, place.c);
+    if (other != unit) group = op.group(unit = other);
+    entry[k] = op.entry(group, op.scale(place.c));
+    if (k + 1 < ENTRIES) {
+      if (ENTRIES == 2) place.i = here < VY ? box.ncol - 1 : place.i - 1;  // to the next channel, if it gets there
+      place.step(box);
+    }
+  }
+}
+
+// Elements first, ..., last - 1 of a row one by one, of which some may go to float64; `place`: that of the first. Where it is
+// the exception: a loop of a few registers, which others need to have more blocks on a multiprocessor.
+template <class Op>
+__device__ __forceinline__ void apply_slowly(const Op& op, Place place, int first, int last, const Box& box,
+                                             const typename Op::Input& from, y_t* to) {
+#pragma unroll 1
+  for (int k = first; k < last; ++k) {
+    const int unit = op.unit(place.n, place.c);
+    const typename Op::Entry one = op.entry(op.group(unit), op.scale(place.c));
+    typename Op::template Values<1> values;
+    op.load(values, from, k, place.n, place.r, place.c * box.ncol + place.i, true);
+    to[k] = op.slow(one) ? from_double<Y_DTYPE>(op.exact(op.exact_group(unit), place.c, values, 0))
+                         : from_real<Y_DTYPE>(op.fast(one, values, 0));
+    place.step(box);
+  }
+}
+
+// A vector of which some or all elements may go to float64: where that is usual, as in groups of single elements.
+template <class Op>
+__device__ __forceinline__ void mixed_vector(const Op& op, Place place, const Box& box,
+                                             const typename Op::template Values<VY>& values, Pack<y_t, VY>& pack) {
+  typename Op::Group group;
+  typename Op::ExactGroup exact_group;
+  int unit = -1;  // whose they are
+#pragma unroll
+  for (int k = 0; k < VY; ++k) {
+    const int other = op.unit(place.n, place.c);
+    if (other != unit) {
+      group = op.group(other);
+      exact_group = op.exact_group(other);
+      unit = other;
+    }
+    const typename Op::Entry one = op.entry(group, op.scale(place.c));
+    if (op.slow(one)) pack.element[k] = from_double<Y_DTYPE>(op.exact(exact_group, place.c, values, k));
+    else pack.element[k] = from_real<Y_DTYPE>(op.fast(one, values, k));
+    place.step(box);
+  }
+}
+
+// ---- in lines: `lanes` neighbouring threads go through vectors that have the same entries, which are looked up once
+
+// Units of work for teams of `lanes` threads: each of some `classes` of `lines` in up to `least` lines a unit, so many that
+// the last round leaves few teams without one.
+struct Units {
+  int lanes, lane, team, teams, slots, count;
+  __device__ __forceinline__ Units(int lanes, int classes, int lines, int least)
+      : lanes(lanes), lane(threadIdx.x & (lanes - 1)), team(threadIdx.x / lanes), teams(blockDim.x / lanes) {
+    slots = max(1, min(lines / least, (4 * teams + classes - 1) / classes));
+    count = classes * slots;
+  }
+};
+
+// Vectors v, v + step, ... below `end`, which have the same entries; where(v, body) calls body(place, element of the row,
+// address of the result). Those of which elements go to float64 are left to a second going through, SLOW, and true is returned.
+template <bool SLOW, class Op, class Where>
+__device__ __forceinline__ bool line(const Op& op, const typename Op::Entry (&entry)[ENTRIES], int v, int end, int step, bool aligned,
+                                     const Box& box, Where where) {
+  bool plain = aligned;
+#pragma unroll
+  for (int k = 0; k < ENTRIES; ++k) plain = plain && !op.slow(entry[k]);
+  if constexpr (SLOW) {
+    if (plain) return false;
+#pragma unroll 1
+    for (; v < end; v += step) {
+      where(v, [&](const Place& at, int q, y_t* to) {
+        const typename Op::Input from = op.input(at.n, at.r);
+        if constexpr (SINGLE) {
+          typename Op::template Values<VY> values;
+          op.load(values, from, q, at.n, at.r, q, aligned);
+          Pack<y_t, VY> pack;
+          mixed_vector(op, at, box, values, pack);
+          store_pack<y_t, VY>(to, pack, true);
+        } else {
+          apply_slowly(op, at, q, q + VY, box, from, to - q);
+        }
+      });
+    }
+  } else {
+    if (!plain) return true;
+    constexpr int UNROLL = Op::UNROLL;
+    for (; v < end; v += UNROLL * step) {
+      typename Op::template Values<VY> values[UNROLL];
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u) {
+        if (v + u * step < end)
+          where(v + u * step, [&](const Place& at, int q, y_t*) { op.load(values[u], op.input(at.n, at.r), q, at.n, at.r, q, true); });
+      }
+#pragma unroll
+      for (int u = 0; u < UNROLL; ++u) {
+        if (v + u * step >= end) break;
+        Pack<y_t, VY> pack;
+#pragma unroll
+        for (int k = 0; k < VY; ++k) pack.element[k] = from_real<Y_DTYPE>(op.fast(entry[ENTRIES == VY ? k : 0], values[u], k));
+        where(v + u * step, [&](const Place&, int, y_t* to) { store_pack<y_t, VY>(to, pack, true); });
+      }
+    }
+  }
+  return false;
+}
+
+// Of rows that begin at vectors: those of a channel where each lies in one, else those at the same place in each row.
+template <bool SLOW, class Op> __device__ __forceinline__ bool apply_in_lines(const Op& op, const Global<y_t>& out, const Box& box) {
+  typename Op::Entry entry[ENTRIES];
+  const int vectors = (ENTRIES == 1 ? box.ncol : box.width) / VY, lanes = lanes_for(vectors);
+  const int lines_of_vectors = (vectors + lanes - 1) / lanes;
+  const bool aligned = op.rows_aligned();
+  bool left = false;
+  if constexpr (ENTRIES == 1) {
+    const Units units(lanes, box.ns * box.nr * box.nc, lines_of_vectors, 4);
+    const Divisor by_slots(units.slots), by_channels(box.nc), by_rows(box.nr);
+    for (int unit = units.team; unit < units.count; unit += units.teams) {
+      const int run = by_slots.quotient(unit), slot = unit - run * units.slots, s = by_channels.quotient(run);
+      const int n = by_rows.quotient(s), r = s - n * box.nr, c = run - s * box.nc, q0 = c * box.ncol;
+      const Place place = {n, r, c, 0};
+      look_up(op, place, VY, box, entry);
+      y_t* to = out.row(n, r) + q0;
+      left |= line<SLOW>(op, entry, slot * lanes + units.lane, vectors, units.slots * lanes, aligned, box,
+           [&](int v, auto body) { body(Place{n, r, c, v * VY}, q0 + v * VY, to + v * VY); });
+    }
+  } else {
+    const Divisor by_columns(box.ncol), by_lines(lines_of_vectors);
+    // Rows are single where samples are: then lines go over the samples, and only the channels' part of an entry is kept.
+#ifdef KERNEL_BACKWARD
+    constexpr bool by_sample = SINGLE;  // the kernel's option
+#else
+    const bool by_sample = box.nr == 1;
+#endif
+    const Units units(lanes, by_sample ? lines_of_vectors : box.ns * lines_of_vectors, by_sample ? box.ns : box.nr, 8);
+    const Divisor by_slots(units.slots);
+    for (int unit = units.team; unit < units.count; unit += units.teams) {
+      const int column = by_slots.quotient(unit), slot = unit - column * units.slots;
+      const int n = by_sample ? 0 : by_lines.quotient(column), v = (column - n * lines_of_vectors) * lanes + units.lane;
+      if (v >= vectors) continue;
+      const int q = v * VY, c = by_columns.quotient(q);
+      Place place = {n, 0, c, q - c * box.ncol};
+      if (!by_sample) {
+        look_up(op, place, VY, box, entry);
+        left |= line<SLOW>(op, entry, slot, box.nr, units.slots, aligned, box, [&](int r, auto body) {
+          body(Place{n, r, c, place.i}, q, out.row(n, r) + q);
+        });
+        continue;
+      }
+      typename Op::Scale scale[ENTRIES];
+      int channel[ENTRIES];
+      bool one_group = true;
+      {
+        Place next = place;
+#pragma unroll
+        for (int k = 0; k < ENTRIES; ++k) {
+          channel[k] = next.c;
+          scale[k] = op.scale(next.c);
+          one_group = one_group && op.unit(0, next.c) == op.unit(0, c);
+          next.step(box);
+        }
+      }
+      for (place.n = slot; place.n < box.ns; place.n += units.slots) {
+        typename Op::Group group = op.group(op.unit(place.n, c));
+#pragma unroll
+        for (int k = 0; k < ENTRIES; ++k) {
+          if (!one_group) group = op.group(op.unit(place.n, channel[k]));
+          entry[k] = op.entry(group, scale[k]);
+        }
+        left |= line<SLOW>(op, entry, 0, 1, 1, aligned, box, [&](int, auto body) { body(place, q, out.row(place.n, 0) + q); });
+      }
+    }
+  }
+  return left;
+}
+
+// Wherever vectors of the output begin and end, in the order of memory. An entry is looked up once a vector, or for as long as
+// a thread stays in its channels; eight of them are not kept: they are looked up one by one.
+template <class Op> __device__ __forceinline__ void apply_anywhere(const Op& op, const Global<y_t>& out, const Box& box) {
+  constexpr bool KEEP = KEPT && ENTRIES <= 4;
   typename Op::Entry entry[ENTRIES];
   int known = -1;  // sample and position in a row that the entries belong to
   const int segments = box.segments(), length = box.segment_length();
   const int head0 = elements_past_16_bytes(out.origin), step = (int)((out.sn | out.so) & (VY - 1));
   const bool aligned = head0 == 0 && (segments == 1 || step == 0) && length % VY == 0;
   const int vectors = aligned ? length / VY : (length + 2 * VY - 2) / VY, count = segments * vectors;
-  const Divisor by_vectors(vectors), by_rows(box.nr), by_width(box.width), by_columns(box.ncol);
+  const Divisor by_rows(box.nr), by_width(box.width), by_columns(box.ncol);
   // A step of whole rows, if it leaves few threads without work: 255 of 256 for rows of 30 channels of 2 bytes.
   int stride = blockDim.x;
   if (ENTRIES > 2) {
@@ -374,14 +680,15 @@ template <class Op> __device__ __forceinline__ void apply(const Op& op, const Gl
     const int whole = stride / rows_of_vectors * rows_of_vectors;
     if (8 * whole >= 7 * stride) stride = whole;
   }
-  for (int v = threadIdx.x < stride ? threadIdx.x : count; v < count; v += stride) {
-    int s = segments == 1 ? 0 : by_vectors.quotient(v);
+  Stepper at(threadIdx.x, stride, vectors);
+  for (int v = threadIdx.x < stride ? threadIdx.x : count; v < count; v += stride, at.next()) {
+    int s = at.row;
     Place place;
     place.n = box.ns == 1 || box.flat ? 0 : by_rows.quotient(s);
     place.r = box.flat ? 0 : s - place.n * box.nr;
     y_t* to = out.row(place.n, place.r);
     const typename Op::Input from = op.input(place.n, place.r);
-    const int e = (v - s * vectors) * VY - elements_past_16_bytes(to), first = max(e, 0), last = min(e + VY, length);
+    const int e = at.place * VY - elements_past_16_bytes(to), first = max(e, 0), last = min(e + VY, length);
     int q = first;
     if (box.flat) {
       s = by_width.quotient(first);
@@ -391,72 +698,51 @@ template <class Op> __device__ __forceinline__ void apply(const Op& op, const Gl
     }
     place.c = by_columns.quotient(q);
     place.i = q - place.c * box.ncol;
-    if (first == e && last == e + VY) {
-      // Elements of the vector in its first channel.
-      const int here = ENTRIES == 2 ? box.ncol - place.i : VY;
+    // Elements of the vector in its first channel.
+    const int here = ENTRIES == 2 ? box.ncol - place.i : VY;
+    bool plain = first == e && last == e + VY;
+    if (KEEP && plain) {
       // The entries of a vector that ends in another sample are not kept.
       const bool one_sample = box.ns == 1 || (box.nr - place.r) * box.width - q >= VY;
       const int position = ENTRIES == 1 ? place.n * box.nc + place.c : one_sample ? place.n * box.width + q : -1;
-      if (KEPT && (position < 0 || position != known)) {
+      if (position < 0 || position != known) {
         known = position;
-        Place next = place;
-        typename Op::Group group;
-        int unit = -1;  // whose it is
-#pragma unroll
-        for (int k = 0; k < ENTRIES; ++k) {
-          const int other = op.unit(next.n, next.c);
-          if (other != unit) group = op.group(unit = other);
-          entry[k] = op.entry(group, next.c);
-          if (k + 1 < ENTRIES) {
-            if (ENTRIES == 2) next.i = here < VY ? box.ncol - 1 : next.i - 1;  // to the next channel, if it gets there
-            next.step(box);
-          }
-        }
+        look_up(op, place, here, box, entry);
       }
-      bool plain = KEPT;
 #pragma unroll
-      for (int k = 0; k < (KEPT ? ENTRIES : 0); ++k) plain = plain && !op.slow(entry[k]);
-      typename Op::template Values<VY> values;
-      op.load(values, from, e, place.n, place.r, q);
-      Pack<y_t, VY> pack;
-      const auto kept = [&](int k) { return ENTRIES == 2 && k >= here ? entry[ENTRIES - 1] : entry[ENTRIES == VY ? k : 0]; };
-      if (plain) {
-#pragma unroll
-        for (int k = 0; k < VY; ++k) pack.element[k] = from_real<Y_DTYPE>(op.fast(kept(k), values, k));
-      } else {
-        // Groups of single elements are small, and small ones are all slow: what is known is kept. Elsewhere it takes registers.
-        constexpr bool LOOK_UP = !SINGLE;
-        typename Op::Group group;
-        typename Op::ExactGroup exact_group;
-        int unit = -1;  // whose they are
-#pragma unroll
-        for (int k = 0; k < VY; ++k) {
-          const int other = op.unit(place.n, place.c);
-          if (LOOK_UP || other != unit) {
-            if (LOOK_UP || !KEPT) group = op.group(other);
-            if (!LOOK_UP) exact_group = op.exact_group(other);
-            unit = other;
-          }
-          const typename Op::Entry one = LOOK_UP || !KEPT ? op.entry(group, place.c) : kept(k);
-          if (op.slow(one)) {
-            if (LOOK_UP) exact_group = op.exact_group(unit);
-            pack.element[k] = from_double<Y_DTYPE>(op.exact(exact_group, place.c, values, k));
-          } else {
-            pack.element[k] = from_real<Y_DTYPE>(op.fast(one, values, k));
-          }
-          place.step(box);
-        }
-      }
-      store_pack<y_t, VY>(to + e, pack, true);
-    } else {
-      for (int k = first; k < last; ++k) {
-        const typename Op::Entry one = op.entry(op.group(op.unit(place.n, place.c)), place.c);
-        typename Op::template Values<1> values;
-        op.load(values, from, k, place.n, place.r, place.c * box.ncol + place.i);
-        to[k] = op.slow(one) ? from_double<Y_DTYPE>(op.exact(op.exact_group(op.unit(place.n, place.c)), place.c, values, 0))
-                             : from_real<Y_DTYPE>(op.fast(one, values, 0));
-        place.step(box);
-      }
+      for (int k = 0; k < ENTRIES; ++k) plain = plain && !op.slow(entry[k]);
     }
+    if (plain) {
+      typename Op::template Values<VY> values;
+      op.load(values, from, e, place.n, place.r, q, op.aligned_at(from, e));
+      Pack<y_t, VY> pack;
+      Place next = place;
+#pragma unroll
+      for (int k = 0; k < VY; ++k) {
+        typename Op::Entry one;
+        if constexpr (KEEP) {
+          one = ENTRIES == 2 && k >= here ? entry[ENTRIES - 1] : entry[ENTRIES == VY ? k : 0];
+        } else {
+          one = op.entry(op.group(op.unit(next.n, next.c)), op.scale(next.c));
+          plain = plain && !op.slow(one);
+          next.step(box);
+        }
+        pack.element[k] = from_real<Y_DTYPE>(op.fast(one, values, k));
+      }
+      if (plain) store_pack<y_t, VY>(to + e, pack, true);
+    }
+    if (!plain) {
+      apply_slowly(op, place, first, last, box, from, to);
+    }
+  }
+}
+
+template <class Op> __device__ __forceinline__ void apply(const Op& op, const Global<y_t>& out, const Box& box) {
+  constexpr bool ALWAYS = IN_LINES && VECTOR_CHANNELS == 1;
+  if (ALWAYS || (IN_LINES && out.rows_aligned() && box.width % VY == 0)) {
+    if constexpr (IN_LINES)
+      if (apply_in_lines<false>(op, out, box)) apply_in_lines<true>(op, out, box);
+  } else if constexpr (!ALWAYS) {
+    apply_anywhere(op, out, box);
   }
 }

@@ -117,6 +117,7 @@ extern "C" __global__ void SECOND_BOUNDS
 #if MASKED
   mask.fill(work.mask, where, where_sn, where_so, where_sc, where_si, box);
 #endif
+  copies_arrived();
   __syncthreads();
 
   const int teams = blockDim.x / team, lane = threadIdx.x & (team - 1);
@@ -161,7 +162,7 @@ extern "C" __global__ void SECOND_BOUNDS
     double* to = sums + SUMS * ((box.n0 * box.spatial_parts + box.spatial_part) * C + box.c0 + c);
 #pragma unroll
     for (int i = 0; i < SUMS; i += 2) {
-      const Pair total = team_sum({sum[i], i + 1 < SUMS ? sum[i + 1 < SUMS ? i + 1 : i] : 0}, team, shared);
+      const Pair total = team_sum(Pair{sum[i], i + 1 < SUMS ? sum[i + 1 < SUMS ? i + 1 : i] : 0}, team, shared);
       if (c < box.nc && lane == 0) {
         to[i] = total.a;
         if (i + 1 < SUMS) to[i + 1] = total.b;
@@ -264,17 +265,20 @@ template <bool OF_X> struct Second {
   template <class Nothing> struct Choice<false, Nothing> { typedef Index Entry; };
   typedef typename Choice<ENTRIES <= 2>::Entry Entry;
   typedef int Group;
+  typedef int Scale;
   typedef int ExactGroup;
   struct Input {};
   template <int K> struct Values {
     Pack<x_t, K> x, dy, u;
     bool used[K];
   };
+  static constexpr int UNROLL = 1;
 
   __device__ __forceinline__ int unit(int n, int c) const {
     return n * box.groups + (box.groups == 1 ? 0 : by_group.quotient(c));
   }
   __device__ __forceinline__ int group(int u) const { return u; }
+  __device__ __forceinline__ int scale(int c) const { return c; }
   __device__ __forceinline__ Full full(int u, int c) const {
     const SecondGroup g = work.group(u);
     const double w = work.channel(0, c), ddw = work.channel(2, c);
@@ -290,7 +294,9 @@ template <bool OF_X> struct Second {
   __device__ __forceinline__ int exact_group(int u) const { return u; }
   template <int K> __device__ __forceinline__ double exact(int, int, const Values<K>&, int) const { return 0; }
   __device__ __forceinline__ Input input(int, int) const { return {}; }
-  template <int K> __device__ __forceinline__ void load(Values<K>& values, const Input&, int, int n, int r, int q) const {
+  __device__ __forceinline__ bool rows_aligned() const { return true; }
+  __device__ __forceinline__ bool aligned_at(const Input&, int) const { return true; }
+  template <int K> __device__ __forceinline__ void load(Values<K>& values, const Input&, int, int n, int r, int q, bool) const {
     const auto pack = [&](const Shared<x_t>& from) {
       const x_t* p = from.data + from.index(n, r, q);
       return load_pack<x_t, K>(p, (size_t)p % (K * sizeof(x_t)) == 0);
@@ -345,6 +351,7 @@ extern "C" __global__ void SECOND_BOUNDS
 #if MASKED
   mask.fill(work.mask, where, where_sn, where_so, where_sc, where_si, box);
 #endif
+  copies_arrived();
   __syncthreads();
   apply(Second<false>{tiles, work, mask, box, Divisor(box.group_channels)}, Global<y_t>(gdy, gdy_sn, gdy_so, box, inner), box);
   apply(Second<true>{tiles, work, mask, box, Divisor(box.group_channels)}, Global<y_t>(gx, gx_sn, gx_so, box, inner), box);

@@ -32,6 +32,7 @@ extern "C" __global__ void FORWARD_BOUNDS
   mask.fill(bytes + box_bytes<x_t>(samples, rows, channels * columns, pitch, flat), where, where_sn, where_so, where_sc,
             where_si, box);
 #endif
+  copies_arrived();
   __syncthreads();
 
   const int units = box.ns * box.groups, teams = blockDim.x / team, lane = threadIdx.x & (team - 1);
@@ -40,12 +41,18 @@ extern "C" __global__ void FORWARD_BOUNDS
     Moments m = moments_of(tile, mask, box, n, k, u < units ? box.nr : 0, lane, team, scratch);
     if (u < units && lane == 0) {
       m.fit(eps);
-      const double r = m.rstd(eps);
-      tables.set(u, {m.mean, m.low, r, m.unit});
-      const long long at = (box.n0 + n) * (C / D) + box.g0 + k;
-      mean[at] = m.mean / m.unit;
-      rstd[at] = r * m.unit;
+      tables.hold(u, m);
     }
+  }
+  __syncthreads();
+  for (int u = threadIdx.x; u < units; u += blockDim.x) {  // a thread a group: a team would leave all but one lane idle
+    const Moments m = tables.held(u);
+    const double r = m.rstd(eps);
+    const int n = u / box.groups;
+    const long long at = (box.n0 + n) * (C / D) + box.g0 + (u - n * box.groups);
+    tables.set(u, {m.mean, m.low, r, m.unit});
+    mean[at] = m.mean / m.unit;
+    rstd[at] = r * m.unit;
   }
   __syncthreads();
 
@@ -70,6 +77,7 @@ extern "C" __global__ void MOMENTS_BOUNDS
   mask.fill(bytes + box_bytes<x_t>(samples, rows, channels * columns, pitch, flat), where, where_sn, where_so, where_sc,
             where_si, box);
 #endif
+  copies_arrived();
   __syncthreads();
 
   const int units = box.ns * box.groups, teams = blockDim.x / team, lane = threadIdx.x & (team - 1);

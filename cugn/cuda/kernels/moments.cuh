@@ -64,10 +64,13 @@ __device__ __forceinline__ double to_unity(double largest) {
 // Two passes over shared memory: a mean, then the sums of d = x - mean and d^2, which correct both. d is rounded once,
 // relative to itself, so neither |mean| / std nor an outlier costs accuracy. Where d^2 may have left the range of the
 // arithmetic the unit (and no other) is done again in float64, for float64 arrays after scaling by a power of two.
+//
+// Where the mean alone is wanted, since the caller gave an rstd that float32 takes, m2 is not to be used: of float32 arrays it
+// is then not taken, a pass less.
 __device__ __forceinline__ Moments moments_of(const Shared<x_t>& x, const Mask& mask, const Box& box, int n, int k, int rows,
-                                              int lane, int team, double* scratch) {
+                                              int lane, int team, double* scratch, bool mean_alone = false) {
   const int q0 = k * box.run;
-  double sum = 0, counted = 0;
+  double sum = 0;
   real run_sum = 0;
   int run_count = 0;
   walk(rows, box.run, lane, team,
@@ -87,9 +90,13 @@ __device__ __forceinline__ Moments moments_of(const Shared<x_t>& x, const Mask& 
          sum += run_sum;
          run_sum = 0;
        });
-  counted = run_count;
-  Pair total = team_sum({sum, counted}, team, scratch);
+#if MASKED
+  Pair total = team_sum(Pair{sum, (double)run_count}, team, scratch);
   const double count = total.b;
+#else
+  Pair total = {team_sum(sum, team, scratch), 0};
+  const double count = box.nr * box.run;
+#endif
   const double average = total.a / count;
   const real estimate = (real)average;
 
@@ -97,7 +104,8 @@ __device__ __forceinline__ Moments moments_of(const Shared<x_t>& x, const Mask& 
   const bool few = EXACT_MEAN && FEW_AT_ONCE && box.nr * box.run <= FEW_ELEMENTS;
   double s1 = 0, s2 = 0;
   real run_1 = 0, run_2 = 0;
-  walk(rows, box.run, lane, team,
+  const bool no_squares = EXACT_MEAN && mean_alone && !few;
+  walk(no_squares ? 0 : rows, box.run, lane, team,
        [&](auto width, int r, int i) {
          constexpr int K = decltype(width)::value;
          real v[K];
@@ -120,7 +128,9 @@ __device__ __forceinline__ Moments moments_of(const Shared<x_t>& x, const Mask& 
          s2 += run_2;
          run_1 = run_2 = 0;
        });
-  total = team_sum({s1, s2}, team, scratch);
+  if (EXACT_MEAN && !few) total = {0, team_sum(s2, team, scratch)};
+  else total = team_sum(Pair{s1, s2}, team, scratch);
+  if (no_squares) total.b = count;
   if (EXACT_MEAN && !few) total.a = (average - estimate) * count;
   double centre = few ? average : (double)estimate, unit = 1;
 
@@ -143,7 +153,7 @@ __device__ __forceinline__ Moments moments_of(const Shared<x_t>& x, const Mask& 
     walk_slowly(slow_rows, box.run, lane, team, [&](int r, int i) {
       if (mask.at(n, r, q0 + i)) sum += to_double<X_DTYPE>(x.data[x.index(n, r, q0 + i)]) * wanted;
     });
-    const double slow_centre = team_sum({sum, 0}, team, scratch).a / count;
+    const double slow_centre = team_sum(sum, team, scratch) / count;
     s1 = s2 = 0;
     walk_slowly(slow_rows, box.run, lane, team, [&](int r, int i) {
       if (mask.at(n, r, q0 + i)) {
@@ -152,7 +162,7 @@ __device__ __forceinline__ Moments moments_of(const Shared<x_t>& x, const Mask& 
         s2 = fma(d, d, s2);
       }
     });
-    const Pair slow_total = team_sum({s1, s2}, team, scratch);
+    const Pair slow_total = team_sum(Pair{s1, s2}, team, scratch);
     if (slow) {
       total = slow_total;
       centre = slow_centre;
@@ -210,7 +220,7 @@ __device__ __forceinline__ Moments merge_parts(const double* from, long long str
     }
     if (p == lane) first_distance = d, first_root = root, first_count = m;
   }
-  const Pair sums = team_sum({elements, shifted}, team, scratch);
+  const Pair sums = team_sum(Pair{elements, shifted}, team, scratch);
   largest = team_max(largest, team, scratch);
   const double factor = largest > 1e-130 && largest < 1e130 ? 1 : to_unity(largest);
   const double correction = sums.b / sums.a;  // no elements: NaN, as the mean of none
@@ -224,7 +234,7 @@ __device__ __forceinline__ Moments merge_parts(const double* from, long long str
       squares += fma(root, root, m * (d * d));
     }
   }
-  merged.m2 = team_sum({squares, 0}, team, scratch).a;
+  merged.m2 = team_sum(squares, team, scratch);
   merged.count = sums.a;
   two_sum(high0, correction + low0, merged.mean, merged.low);
   merged.mean *= factor;
@@ -300,19 +310,18 @@ template <class Entry> __device__ __forceinline__ real centred(const Entry& e, r
 // Weight and bias of a channel, and their tangents: exact, for float64 ones have float64 arithmetic.
 struct Scale {
   real weight, bias;
+  real safe;  // the weight, NaN where it is out of range
 #if TANGENT
   real tweight, tbias;
 #endif
-  // weight * rstd, NaN where the weight is out of range; by its bits, which no flushing touches.
-  __device__ __forceinline__ real times(real rstd) const {
-    if (!REAL_IS_DOUBLE) {
-      const unsigned size = bits_of<unsigned>((float)weight) & 0x7fffffffu;
-      if (size > bits_of<unsigned>((float)FLOAT_RANGE) || (size != 0 && size < bits_of<unsigned>((float)(1 / FLOAT_RANGE))))
-        return (real)bits_of<float>(0x7fc00000u);
-    }
-    return weight * rstd;
-  }
 };
+// By its bits, which no flushing touches.
+__device__ __forceinline__ real safe_weight(real weight) {
+  if (REAL_IS_DOUBLE) return weight;
+  const unsigned size = bits_of<unsigned>((float)weight) & 0x7fffffffu;
+  const bool out = size > bits_of<unsigned>((float)FLOAT_RANGE) || (size != 0 && size < bits_of<unsigned>((float)(1 / FLOAT_RANGE)));
+  return out ? (real)bits_of<float>(0x7fc00000u) : weight;
+}
 
 // The caller's weight and bias, and their tangents; a dtype below zero stands for none.
 struct Parameters {
@@ -384,6 +393,22 @@ struct Tables {
       exact[units + u] = s.rstd;
     }
   }
+  // Moments in the places of a group, of which the mean of the squares is kept, as if of one element.
+  __device__ __forceinline__ void hold(int u, const Moments& m) const {
+    if constexpr (REAL_IS_DOUBLE) {
+      group(0, u) = m.mean;
+      group(2, u) = m.m2 / m.count;
+      group(3, u) = m.unit;
+    } else {
+      exact[u] = m.mean;
+      exact[units + u] = m.m2 / m.count;
+    }
+    group(1, u) = (real)m.low;
+  }
+  __device__ __forceinline__ Moments held(int u) const {
+    if constexpr (REAL_IS_DOUBLE) return {1, group(0, u), group(1, u), group(2, u), group(3, u)};
+    else return {1, exact[u], group(1, u), exact[units + u], 1};
+  }
   __device__ __forceinline__ ExactCoefficient exact_coefficient(int u) const {
     return {exact[2 * units + u], exact[3 * units + u], 1};
   }
@@ -406,6 +431,7 @@ struct Tables {
   __device__ __forceinline__ Scale scale(int c, bool bias = true) const {
     Scale scale;
     scale.weight = channel(0, c);
+    scale.safe = safe_weight(scale.weight);
     scale.bias = bias ? channel(1, c) : (real)0;
 #if TANGENT
     scale.tweight = channel(2, c);
@@ -443,27 +469,31 @@ template <class From> struct Normalization {
 
   typedef Affine Entry;
   typedef Centre Group;
+  typedef ::Scale Scale;
   typedef Statistic ExactGroup;
   typedef const x_t* Input;
   template <int K> struct Values {
     Pack<x_t, K> x;
   };
+  static constexpr int UNROLL = ENTRIES == 1 ? 4 : 2;  // loads in flight
 
   __device__ __forceinline__ int unit(int n, int c) const {
     return n * box.groups + (box.groups == 1 ? 0 : by_group.quotient(c));
   }
   __device__ __forceinline__ Centre group(int u) const { return tables.centre(u); }
-  __device__ __forceinline__ Affine entry(const Centre& centre, int c) const {
-    const Scale scale = tables.scale(c);
-    return {centre.high, centre.low, centre.unit, scale.times(centre.rstd), scale.bias};
+  __device__ __forceinline__ Scale scale(int c) const { return tables.scale(c); }
+  __device__ __forceinline__ Affine entry(const Centre& centre, const Scale& scale) const {
+    return {centre.high, centre.low, centre.unit, scale.safe * centre.rstd, scale.bias};
   }
   __device__ __forceinline__ bool slow(const Affine& entry) const { return !REAL_IS_DOUBLE && entry.scale != entry.scale; }
   __device__ __forceinline__ Statistic exact_group(int u) const { return tables.statistic(u); }
 
   __device__ __forceinline__ const x_t* input(int n, int r) const { return x.row(n, r); }
-  template <int K> __device__ __forceinline__ void load(Values<K>& values, const x_t* from, int e, int, int, int) const {
-    values.x = load_pack<x_t, K>(from + e, (size_t)(from + e) % (K * sizeof(x_t)) == 0);
+  template <int K> __device__ __forceinline__ void load(Values<K>& values, const x_t* from, int e, int, int, int, bool aligned) const {
+    values.x = load_pack<x_t, K>(from + e, aligned);
   }
+  __device__ __forceinline__ bool rows_aligned() const { return x.rows_aligned(); }
+  __device__ __forceinline__ bool aligned_at(const x_t* from, int e) const { return (size_t)(from + e) % (VY * sizeof(x_t)) == 0; }
   template <int K> __device__ __forceinline__ real fast(const Affine& entry, const Values<K>& values, int k) const {
     return activate(fma(centred(entry, to_real<X_DTYPE>(values.x.element[k])), entry.scale, entry.shift));
   }

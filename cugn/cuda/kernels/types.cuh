@@ -174,6 +174,22 @@ template <class T, int V> __device__ __forceinline__ Pack<T, V> load_pack(const 
   return pack;
 }
 
+// 16 bytes from global to shared memory, which have arrived when the thread has called copies_arrived(): from sm_80 on they
+// pass no register, so that all of a box are in flight at once.
+__device__ __forceinline__ void copy_16_bytes(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  const size_t address = __cvta_generic_to_shared(to);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "l"(address), "l"(from) : "memory");
+#else
+  *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+#endif
+}
+__device__ __forceinline__ void copies_arrived() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" : : : "memory");
+#endif
+}
+
 // Four bytes of a pack.
 template <class T> __device__ __forceinline__ unsigned word_of(const T* e) {
   if constexpr (sizeof(T) == 4) return bits_of<unsigned>(*e);

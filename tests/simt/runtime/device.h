@@ -73,6 +73,8 @@ void simt_fence();
 void simt_atomic_begin(const void* address, int size, const void* caller);
 void simt_atomic_end();
 void simt_trap(int line);
+void simt_copy_async(void* to, const void* from);
+bool simt_next_copy(void** to, const void** from);   // false when none is left
 }
 
 template <class T> SIMT_INLINE uint64_t to_bits(T value) {
@@ -106,6 +108,8 @@ __attribute__((noinline, no_sanitize("thread"))) T atomic_update(T* address, Upd
 #define blockDim (simt::simt_block_shape())
 #define gridDim (simt::simt_grid_shape())
 #define warpSize 32
+
+SIMT_INLINE size_t __cvta_generic_to_shared(const void* p) { return reinterpret_cast<size_t>(p); }
 
 // ---- barriers, votes, shuffles. __builtin_LINE() as a default argument is the caller's line.
 #define SIMT_LINE int line = __builtin_LINE()
@@ -204,6 +208,14 @@ SIMT_INLINE double __hiloint2double(int hi, int lo) {
 // ---- 16-bit floats, for the PTX instructions that build.py replaces. In float64, where their subnormals are normal, so
 // that flushing (see flush_subnormals in module.py) does not touch them: the device does not flush 16-bit operands.
 namespace simt {
+// cp.async: the copies are made when the thread waits for them, and those that nobody waits for never.
+SIMT_INLINE void copy_async(size_t to, const void* from) { simt_copy_async(reinterpret_cast<void*>(to), from); }
+SIMT_INLINE void copies_arrived() {
+  void* to;
+  const void* from;
+  while (simt_next_copy(&to, &from)) *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+}
+
 SIMT_INLINE float float_of_half(unsigned short half) {
   const int exponent = half >> 10 & 31, mantissa = half & 1023;
   const double magnitude = exponent == 31 ? (mantissa ? (double)NAN : (double)INFINITY)

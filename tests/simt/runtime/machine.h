@@ -3,6 +3,8 @@
 #include <cstdarg>
 #include <cstdio>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "fiber.h"
 #include "launch.h"
@@ -33,6 +35,8 @@ struct Thread {
   int op = 0, argument = 0, width = 0, line = 0;
   uint32_t mask = 0;
   uint64_t value = 0, result = 0;
+  std::vector<std::pair<void*, const void*>> copies;   // asked for by cp.async; the next to be made is copies[copied]
+  size_t copied = 0;
 
   int lane() const { return number % 32; }
   int warp() const { return number / 32; }
@@ -66,6 +70,8 @@ class Machine {
   void atomic_end();
   void fence();
   [[noreturn]] void trap(int line);
+  void copy_async(void* to, const void* from) { current_->copies.emplace_back(to, from); }
+  bool next_copy(void** to, const void** from);
   const Thread& current() const { return *current_; }
 
   Index block_index{}, block_shape{}, grid_shape{};

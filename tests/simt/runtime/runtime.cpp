@@ -27,6 +27,8 @@ void simt_atomic_begin(const void* address, int size, const void* caller) {
 }
 void simt_atomic_end() { machine.atomic_end(); }
 void simt_trap(int line) { machine.trap(line); }
+void simt_copy_async(void* to, const void* from) { machine.copy_async(to, from); }
+bool simt_next_copy(void** to, const void** from) { return machine.next_copy(to, from); }
 
 // ---- g++'s instrumentation
 #define SIMT_ACCESS(n)                                                                                              \

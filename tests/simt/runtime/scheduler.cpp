@@ -35,6 +35,18 @@ class SubnormalsFlushed {
 
 }  // namespace
 
+bool Machine::next_copy(void** to, const void** from) {
+  Thread& t = *current_;
+  if (t.copied == t.copies.size()) {
+    t.copies.clear();
+    t.copied = 0;
+    return false;
+  }
+  *to = t.copies[t.copied].first;
+  *from = t.copies[t.copied++].second;
+  return true;
+}
+
 void Machine::run(Launch& launch) {
   launch_ = &launch;
   launch.fault_count = 0;
@@ -96,6 +108,8 @@ void Machine::run_block() {
     threads_[i].fiber.start(stacks_.of(i), thread_main);
     threads_[i].state = Thread::READY;
     threads_[i].accesses = 0;
+    threads_[i].copies.clear();
+    threads_[i].copied = 0;
   }
   std::vector<int> ready;
   for (;;) {
