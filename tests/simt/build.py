@@ -178,6 +178,8 @@ def standard_of(options: Sequence[str]) -> str:
 PTX = {
     "cvt.f32.f16 %0, %1;": "simt::float_of_half",
     "cvt.rn.f16.f32 %0, %1;": "simt::half_of_float",
+    "cvt.f64.f32 %0, %1;": "simt::double_of_float",
+    "cvt.rn.f32.f64 %0, %1;": "simt::float_of_double",
     "cp.async.cg.shared.global [%0], [%1], 16;": "simt::copy_async",
     "cp.async.wait_all;": "simt::copies_arrived",
 }

@@ -64,7 +64,7 @@ template <class FromX, class FromV> struct Gradient {
     Pack<x_t, K> x, v;
     bool used[K];
   };
-  static constexpr int UNROLL = ENTRIES == 1 ? 2 : 1;  // loads in flight, of each array
+  static constexpr int UNROLL = (FromX::FAR ? 2 : 1) * (ENTRIES == 1 ? 2 : 1);  // loads in flight, of each array
 
   __device__ __forceinline__ int unit(int n, int c) const {
     return n * box.groups + (box.groups == 1 ? 0 : by_group.quotient(c));
@@ -198,8 +198,8 @@ struct SumChannels {
                                              });
                },
                [&] {
-                 sum_v += run_v;
-                 sum_v_x_hat += run_v_x_hat;
+                 sum_v += exactly(run_v);
+                 sum_v_x_hat += exactly(run_v_x_hat);
                  run_v = run_v_x_hat = 0;
                });
         } else {
@@ -369,8 +369,8 @@ extern "C" __global__ void BACKWARD_BOUNDS
     c0 = box.c0;
     nc = box.nc;
     const Global<const x_t> x_source(x, x_sn, x_so, box, inner), dy_source(dy, dy_sn, dy_so, box, inner);
-    Shared<x_t> x_tile(reinterpret_cast<x_t*>(work.x), x_source, box);
-    Shared<x_t> dy_tile(reinterpret_cast<x_t*>(work.dy), dy_source, box);
+    Shared<x_t> x_tile(reinterpret_cast<x_t*>(work.x), box);
+    Shared<x_t> dy_tile(reinterpret_cast<x_t*>(work.dy), box);
     if (i > 0) __syncthreads();  // the box before may still be being read
     else tables.fill_scales(box, PARAMETER_ARGUMENTS);
     x_tile.fill(x_source, box);
@@ -387,16 +387,27 @@ extern "C" __global__ void BACKWARD_BOUNDS
       const int team = group_team, teams = blockDim.x / team, lane = threadIdx.x & (team - 1);
       for (int first = 0; first < units; first += teams) {
         const int u = in_turn(first + threadIdx.x / team, units, box.run), n = u / box.groups, k = u - n * box.groups;
-        const double given = have_rstd && u < units ? rstd_given[(box.n0 + n) * G + box.g0 + k] : 0;
+        const int reader = team < 32 ? threadIdx.x & 31 & -team : 0;  // one lane of the team in each warp
+        double given = 0;
+        if (have_rstd && u < units && (threadIdx.x & 31) == reader) given = rstd_given[(box.n0 + n) * G + box.g0 + k];
+        given = __shfl_sync(0xffffffffu, given, reader);
         Moments m = moments_of(x_tile, mask, box, n, k, u < units ? box.nr : 0, lane, team, shared, given > 0x1p-48 && given < 0x1p+48);
         if (u < units && lane == 0) {
           m.fit(eps);
-          const double r = have_rstd ? given / m.unit : m.rstd(eps);
-          tables.set(u, {m.mean, m.low, r, m.unit});
-          if (m.count <= FEW_ELEMENTS && !REAL_IS_DOUBLE) tables.to_exact(u);
+          tables.hold(u, m);
           if (MASKED) work.counts[u] = m.count;
         }
       }
+    }
+    __syncthreads();
+    // What is done once a group: a thread for each, where a team would leave all but one lane idle.
+    const auto count_of = [&](int u) { return MASKED ? work.counts[u] : box.nr * box.run; };
+    for (int u = threadIdx.x; u < units; u += blockDim.x) {
+      const Moments m = tables.held(u);
+      const int n = u / box.groups;
+      const double r = have_rstd ? rstd_given[(box.n0 + n) * G + box.g0 + (u - n * box.groups)] / m.unit : m.rstd(eps);
+      tables.set(u, {m.mean, m.low, r, m.unit});
+      if (count_of(u) <= FEW_ELEMENTS && !REAL_IS_DOUBLE) tables.to_exact(u);
     }
     __syncthreads();
 
@@ -433,10 +444,6 @@ extern "C" __global__ void BACKWARD_BOUNDS
     add_samples(Count<1>());
 #endif
 #endif
-#if SINGLE
-    __syncthreads();  // the centres have been read, which set_coefficients may change
-#endif
-
     {
       const int team = group_team, teams = blockDim.x / team, lane = threadIdx.x & (team - 1);
       for (int first = 0; first < units; first += teams) {
@@ -458,13 +465,18 @@ extern "C" __global__ void BACKWARD_BOUNDS
         if (SINGLE) walk(1, mine, lane, team, add, [] {});
         else for (int c = lane; c < mine; c += team) add(Count<1>(), 0, c);
         sum = team_sum(sum, team, shared);
-        __syncwarp();  // all lanes have read the centre, which set_coefficients may change
         if (u < units && lane == 0) {
-          const Statistic statistic = tables.statistic(u);
-          const double r = statistic.rstd, count = MASKED ? work.counts[u] : box.nr * box.run;
-          set_coefficients(coefficients_of(sum, r * statistic.unit, count, eps, have_rstd), r, count, u, tables, box.nr * box.run == 2);
+          tables.held_sum(0, u) = sum.a;
+          tables.held_sum(1, u) = sum.b;
         }
       }
+    }
+    __syncthreads();
+    for (int u = threadIdx.x; u < units; u += blockDim.x) {
+      const Statistic statistic = tables.statistic(u);
+      const double r = statistic.rstd, count = count_of(u);
+      const Pair sum = {tables.held_sum(0, u), tables.held_sum(1, u)};
+      set_coefficients(coefficients_of(sum, r * statistic.unit, count, eps, have_rstd), r, count, u, tables, box.nr * box.run == 2);
     }
     __syncthreads();
 
@@ -497,8 +509,8 @@ extern "C" __global__ void BACKWARD_SUMS_BOUNDS
   const Box box(BOX_ARGUMENTS, blockIdx.x);
   const Tables& tables = work.tables;
   const Global<const x_t> x_source(x, x_sn, x_so, box, inner), dy_source(dy, dy_sn, dy_so, box, inner);
-  Shared<x_t> x_tile(reinterpret_cast<x_t*>(work.x), x_source, box);
-  Shared<x_t> dy_tile(reinterpret_cast<x_t*>(work.dy), dy_source, box);
+  Shared<x_t> x_tile(reinterpret_cast<x_t*>(work.x), box);
+  Shared<x_t> dy_tile(reinterpret_cast<x_t*>(work.dy), box);
   x_tile.fill(x_source, box);
   dy_tile.fill(dy_source, box);
   tables.fill_scales(box, {weight, bias, nullptr, nullptr, weight_dtype, bias_dtype, -1, -1});

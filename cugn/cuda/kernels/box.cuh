@@ -20,7 +20,7 @@
 // As config.most_threads.
 #define LARGE_BACKWARD (!REAL_IS_DOUBLE && VECTOR_CHANNELS <= 2 && !MORE_THAN_SUMS)
 #define BACKWARD_BOUNDS \
-  __launch_bounds__(LARGE_BACKWARD ? 512 : 256, LARGE_BACKWARD || REAL_IS_DOUBLE || SINGLE || MORE_THAN_SUMS || (VECTOR_CHANNELS > 2 && Y_DTYPE < FLOAT32) ? 1 : 2)
+  __launch_bounds__(LARGE_BACKWARD ? 512 : 256, LARGE_BACKWARD || REAL_IS_DOUBLE || SINGLE || MORE_THAN_SUMS || VECTOR_CHANNELS > 2 ? 1 : 2)
 #define BACKWARD_SUMS_BOUNDS __launch_bounds__(256, HEAVY ? 1 : 2)
 #define BACKWARD_APPLY_BOUNDS \
   __launch_bounds__(256, HEAVY || (VECTOR_CHANNELS > 2 && Y_DTYPE < FLOAT32 && MORE_THAN_SUMS) ? 1 : 2)
@@ -88,6 +88,7 @@ struct Stepper {
 struct Box {
   long long n0, o0, i0;  // first sample, row and column
   int ns, nr, nc, ncol;  // samples, rows, channels, columns: clipped at the array's end
+  int samples;           // not clipped: the batch decides no order of a sum
   int c0;                // first channel
   int width;             // contiguous elements of a row
   int pitch, flat;       // elements from row to row in shared memory, unless flat
@@ -97,7 +98,7 @@ struct Box {
   int spatial_part, spatial_parts;  // the same for its channels
 
   // `tile` counts boxes: columns fastest, then channels, rows, samples (the order of memory).
-  __device__ __forceinline__ Box(BOX_PARAMETERS, unsigned tile) : pitch(pitch), flat(flat) {
+  __device__ __forceinline__ Box(BOX_PARAMETERS, unsigned tile) : samples(samples), pitch(pitch), flat(flat) {
     const int column_tile = (int)(tile % column_tiles);
     tile /= column_tiles;
     const int channel_tile = (int)(tile % channel_tiles);
@@ -133,6 +134,7 @@ template <class T> __device__ __forceinline__ int elements_past_16_bytes(const T
 
 // A box of an array in global memory.
 template <class T> struct Global {
+  static constexpr bool FAR = true;  // loads take long: several are to be in flight
   T* origin;         // element (0, 0, 0) of the box
   long long sn, so;  // strides of samples and rows, in elements
   __device__ __forceinline__ Global(T* base, long long sn, long long so, const Box& box, long long inner)
@@ -144,48 +146,58 @@ template <class T> struct Global {
   }
 };
 
-// A box in shared memory. Each stretch keeps its distance from a 16-byte boundary, so that vectors stay vectors.
+// A box in shared memory. Vectors of it are vectors there, wherever they lie in global memory.
 template <class T> struct Shared {
+  static constexpr bool FAR = false;
   T* data;
-  int head, step_n, step_r;  // that distance at (0, 0), and how it changes from sample to sample and row to row
-  int row_step, nr;          // elements from row to row
+  int row_step, nr;  // elements from row to row, rows of a sample
   static constexpr int V = 16 / sizeof(T);
 
-  __device__ __forceinline__ Shared(T* data, const Global<const T>& from, const Box& box)
-      : data(data), head(elements_past_16_bytes(from.origin)), step_n(box.flat ? 0 : (int)(from.sn & (V - 1))),
-        step_r(box.flat ? 0 : (int)(from.so & (V - 1))), row_step(box.flat ? box.width : box.pitch), nr(box.nr) {}
+  __device__ __forceinline__ Shared(T* data, const Box& box)
+      : data(data), row_step(box.flat ? box.width : box.pitch), nr(box.nr) {}
 
-  __device__ __forceinline__ int head_of(int n, int r) const { return (head + n * step_n + r * step_r) & (V - 1); }
-  // Index of an element of row r of sample n; 16-byte aligned where it is a multiple of V.
-  __device__ __forceinline__ int index(int n, int r, int q) const { return (n * nr + r) * row_step + head_of(n, r) + q; }
+  __device__ __forceinline__ int index(int n, int r, int q) const { return (n * nr + r) * row_step + q; }
   __device__ __forceinline__ const T* row(int n, int r) const { return data + index(n, r, 0); }
-  __device__ __forceinline__ bool rows_aligned() const { return head == 0 && (step_n | step_r | (row_step & (V - 1))) == 0; }
+  __device__ __forceinline__ bool rows_aligned() const { return row_step % VY == 0; }
 
-  // Bring the box in: every byte is read once. It is there after copies_arrived() and a barrier.
+  // Bring the box in: every byte is read once, in aligned vectors. It is there after copies_arrived() and a barrier.
   __device__ void fill(const Global<const T>& from, const Box& box) {
-    const int segments = box.segments(), length = box.segment_length();
-    if (segments == 1) {  // one stretch
-      const int whole = (head + length) / V;
+    const int segments = box.segments(), length = box.segment_length(), rows_of_sample = segments == 1 ? 1 : nr;
+    const int head = elements_past_16_bytes(from.origin), step = segments == 1 ? 0 : (int)(from.sn | from.so) & (V - 1);
+    const Divisor by_rows(rows_of_sample);
+    if ((head | step) == 0) {
+      const int vectors = length / V, rest = length - vectors * V;
+      if (segments == 1) {
 #pragma unroll 4
-      for (int v = threadIdx.x + (head > 0); v < whole; v += blockDim.x) copy_16_bytes(data + v * V, from.origin + (v * V - head));
-    } else {
-      const bool aligned = head == 0 && (step_n | step_r) == 0 && length % V == 0;
-      const int vectors = aligned ? length / V : (length + 2 * V - 2) / V, rows = box.ns * nr;
-      const Divisor by_rows(nr);
-      Stepper at(threadIdx.x, blockDim.x, vectors);
-      for (; at.row < rows; at.next()) {
-        const int n = box.ns == 1 ? 0 : by_rows.quotient(at.row), r = at.row - n * nr, e = at.place * V - head_of(n, r);
-        if (e >= 0 && e + V <= length) copy_16_bytes(data + at.row * row_step + at.place * V, from.row(n, r) + e);
+        for (int v = threadIdx.x; v < vectors; v += blockDim.x) copy_16_bytes(data + v * V, from.origin + v * V);
+      } else if (vectors) {
+        for (Stepper at(threadIdx.x, blockDim.x, vectors); at.row < segments; at.next()) {
+          const int n = box.ns == 1 ? 0 : by_rows.quotient(at.row);
+          copy_16_bytes(data + at.row * row_step + at.place * V, from.row(n, at.row - n * rows_of_sample) + at.place * V);
+        }
       }
-      if (aligned) return;
+      if (rest) {  // the end of each stretch
+        const Divisor by_rest(rest);
+        for (int i = threadIdx.x; i < segments * rest; i += blockDim.x) {
+          const int s = by_rest.quotient(i), n = by_rows.quotient(s), e = vectors * V + i - s * rest;
+          data[s * row_step + e] = from.row(n, s - n * rows_of_sample)[e];
+        }
+      }
+      return;
     }
-    const Divisor by_rows(nr);
-    for (int v = threadIdx.x; v < segments * 2 * V; v += blockDim.x) {  // the ends of each stretch
-      const int s = v / (2 * V), n = box.ns == 1 ? 0 : by_rows.quotient(s), r = s - n * nr, start = head_of(n, r);
-      const int edge = v & (2 * V - 1), past = (start + length) & (V - 1);  // elements after the last whole vector
-      const int e = edge < V ? edge - start : start > 0 && start + length < V ? length : length - past + edge - V;
-      const int end = edge < V ? min(start == 0 ? 0 : V - start, length) : length;
-      if (e >= 0 && e < end) data[index(n, r, e)] = from.row(n, r)[e];
+    const int vectors = (length + 2 * V - 2) / V;  // whole ones, and parts of them at the ends
+    for (Stepper at(threadIdx.x, blockDim.x, vectors); at.row < segments; at.next()) {
+      const int n = by_rows.quotient(at.row);
+      const T* row = from.row(n, at.row - n * rows_of_sample);
+      const int e = at.place * V - elements_past_16_bytes(row);
+      T* to = data + at.row * row_step;
+      if (e >= 0 && e + V <= length) {
+        const Pack<T, V> pack = load_pack<T, V>(row + e, true);
+#pragma unroll
+        for (int k = 0; k < V; ++k) to[e + k] = pack.element[k];
+      } else {
+        for (int k = max(e, 0); k < min(e + V, length); ++k) to[k] = row[k];
+      }
     }
   }
 };
@@ -216,8 +228,7 @@ struct Mask {
 // K = 1 element, or a vector of them that starts at a multiple of it in the box, from shared memory.
 template <int DTYPE, int K, class T>
 __device__ __forceinline__ void read(const Shared<T>& from, int n, int r, int q, real (&v)[K]) {
-  const int at = from.index(n, r, q);
-  const Pack<T, K> pack = load_pack<T, K>(from.data + at, K == 1 || at % K == 0);
+  const Pack<T, K> pack = load_pack<T, K>(from.data + from.index(n, r, q), true);
 #pragma unroll
   for (int k = 0; k < K; ++k) v[k] = to_real<DTYPE>(pack.element[k]);
 }
@@ -327,12 +338,14 @@ constexpr int SHORT_RUN = X_DTYPE == FLOAT32 ? 4 : 16;
 // the run is a whole number of them) or one by one. body(Count<K>, row, first) takes K elements; flush() closes a short run.
 template <int V, class Body, class Flush>
 __device__ __forceinline__ void deal(int rows, int run, int lane, int team, Body body, Flush flush) {
+  constexpr int STEPS = SHORT_RUN / V;
   const int per_row = run / V;
   if (rows == 1) {
-    for (int j = lane; j < per_row;) {
+#pragma unroll 2
+    for (int j = lane; j < per_row; j += STEPS * team) {
 #pragma unroll
-      for (int u = 0; u < SHORT_RUN / V; ++u, j += team)
-        if (j < per_row) body(Count<V>(), 0, j * V);
+      for (int u = 0; u < STEPS; ++u)
+        if (u == 0 || j + u * team < per_row) body(Count<V>(), 0, (j + u * team) * V);
       flush();
     }
     return;
@@ -340,7 +353,7 @@ __device__ __forceinline__ void deal(int rows, int run, int lane, int team, Body
   Stepper at(lane, team, per_row);
   while (at.row < rows) {
 #pragma unroll 1
-    for (int u = 0; u < SHORT_RUN / V && at.row < rows; ++u, at.next()) body(Count<V>(), at.row, at.place * V);
+    for (int u = 0; u < STEPS && (u == 0 || at.row < rows); ++u, at.next()) body(Count<V>(), at.row, at.place * V);
     flush();
   }
 }
@@ -389,7 +402,7 @@ template <int K, class Begin, class Body, class Slowly, class At, class Set>
 __device__ __forceinline__ void sum_columns(const Box& box, Begin begin, Body body, Slowly slowly, At at, Set set) {
   const int vectors = box.nc / K, lanes = lanes_for(vectors), slots_of_warp = 32 / lanes;
   const int lines = (vectors + lanes - 1) / lanes, units = box.ns * lines, warps = blockDim.x >> 5;
-  const int sharing = max(1, warps / units);  // warps that share a unit
+  const int sharing = max(1, warps / (box.samples * lines));  // warps that share a unit
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, share = warp % sharing;
   const Divisor by_lines(lines);
   for (int first = 0; first < units; first += warps / sharing) {
@@ -406,8 +419,8 @@ __device__ __forceinline__ void sum_columns(const Box& box, Begin begin, Body bo
           for (int u = 0; u < SHORT_RUN && r < box.nr; ++u, r += step) body(Count<K>(), n, r, c, a, b);
 #pragma unroll
           for (int k = 0; k < K; ++k) {
-            sum_a[k] += a[k];
-            sum_b[k] += b[k];
+            sum_a[k] += exactly(a[k]);
+            sum_b[k] += exactly(b[k]);
           }
         }
       } else {

@@ -93,8 +93,8 @@ struct SecondTiles {
   Shared<x_t> x, dy, u;
   __device__ __forceinline__ SecondTiles(const SecondWork& work, const Global<const x_t>& x_source,
                                          const Global<const x_t>& dy_source, const Global<const x_t>& u_source, const Box& box)
-      : x(reinterpret_cast<x_t*>(work.tiles[0]), x_source, box), dy(reinterpret_cast<x_t*>(work.tiles[1]), dy_source, box),
-        u(reinterpret_cast<x_t*>(work.tiles[2]), u_source, box) {
+      : x(reinterpret_cast<x_t*>(work.tiles[0]), box), dy(reinterpret_cast<x_t*>(work.tiles[1]), box),
+        u(reinterpret_cast<x_t*>(work.tiles[2]), box) {
     x.fill(x_source, box);
     dy.fill(dy_source, box);
     u.fill(u_source, box);

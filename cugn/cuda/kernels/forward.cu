@@ -24,7 +24,7 @@ extern "C" __global__ void FORWARD_BOUNDS
   unsigned char* bytes = align_16(tables.end());
 
   const Global<const x_t> source(x, x_sn, x_so, box, inner);
-  Shared<x_t> tile(reinterpret_cast<x_t*>(bytes), source, box);
+  Shared<x_t> tile(reinterpret_cast<x_t*>(bytes), box);
   tile.fill(source, box);
   tables.fill_scales(box, {weight, bias, nullptr, nullptr, weight_dtype, bias_dtype, -1, -1});
   Mask mask = {};
@@ -70,7 +70,7 @@ extern "C" __global__ void MOMENTS_BOUNDS
   double* scratch = shared;
   unsigned char* bytes = reinterpret_cast<unsigned char*>(shared + SCRATCH);
   const Global<const x_t> source(x, x_sn, x_so, box, inner);
-  Shared<x_t> tile(reinterpret_cast<x_t*>(bytes), source, box);
+  Shared<x_t> tile(reinterpret_cast<x_t*>(bytes), box);
   tile.fill(source, box);
   Mask mask = {};
 #if MASKED

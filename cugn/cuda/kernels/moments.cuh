@@ -81,13 +81,26 @@ __device__ __forceinline__ Moments moments_of(const Shared<x_t>& x, const Mask& 
 #pragma unroll
          for (int j = 0; j < K; ++j) {
            const bool used = mask.at(n, r, q0 + i + j);
-           if (EXACT_MEAN) sum += (double)(used ? v[j] : (real)0);
-           else run_sum += used ? v[j] : (real)0;
+           if (!used) v[j] = 0;
            run_count += used;
+         }
+         if constexpr (EXACT_MEAN) {
+           double wide[K];
+#pragma unroll
+           for (int j = 0; j < K; ++j) wide[j] = to_double<FLOAT32>(v[j]);
+#pragma unroll
+           for (int half = K / 2; half > 0; half /= 2)  // a tree: each step of a chain would wait for the one before
+#pragma unroll
+             for (int j = 0; j < half; ++j) wide[j] += wide[j + half];
+           sum += wide[0];
+         } else {
+#pragma unroll
+           for (int j = 0; j < K; ++j) run_sum += v[j];
          }
        },
        [&] {
-         sum += run_sum;
+         if (EXACT_MEAN) return;
+         sum += exactly(run_sum);
          run_sum = 0;
        });
 #if MASKED
@@ -124,8 +137,8 @@ __device__ __forceinline__ Moments moments_of(const Shared<x_t>& x, const Mask& 
          }
        },
        [&] {
-         s1 += run_1;
-         s2 += run_2;
+         if (!EXACT_MEAN) s1 += exactly(run_1);
+         s2 += exactly(run_2);
          run_1 = run_2 = 0;
        });
   if (EXACT_MEAN && !few) total = {0, team_sum(s2, team, scratch)};
@@ -261,8 +274,6 @@ __device__ __forceinline__ real in_range(double v, bool zero_is) {
   const bool inside = REAL_IS_DOUBLE || (size <= FLOAT_RANGE && size >= 1 / FLOAT_RANGE) || (zero_is && size == 0);
   return inside ? (real)v : (real)bits_of<float>(0x7fc00000u);
 }
-__device__ __forceinline__ double exactly(float v) { return widen(v); }
-__device__ __forceinline__ double exactly(double v) { return v; }
 
 // body(u, group) for each group in the box, u: by threads that share the work; group: its place among all (N, G), by the
 // label of its channel where the groups in the box are channels.
@@ -409,6 +420,14 @@ struct Tables {
     if constexpr (REAL_IS_DOUBLE) return {1, group(0, u), group(1, u), group(2, u), group(3, u)};
     else return {1, exact[u], group(1, u), exact[units + u], 1};
   }
+  // Sums over a group in the places of its coefficients.
+  __device__ __forceinline__ double& held_sum(int which, int u) const {
+#if REAL_IS_DOUBLE
+    return group(GROUP_VALUES + which, u);
+#else
+    return exact[(2 + which) * units + u];
+#endif
+  }
   __device__ __forceinline__ ExactCoefficient exact_coefficient(int u) const {
     return {exact[2 * units + u], exact[3 * units + u], 1};
   }
@@ -475,7 +494,7 @@ template <class From> struct Normalization {
   template <int K> struct Values {
     Pack<x_t, K> x;
   };
-  static constexpr int UNROLL = ENTRIES == 1 ? 4 : 2;  // loads in flight
+  static constexpr int UNROLL = !From::FAR ? 2 : ENTRIES == 4 ? 3 : 4;  // loads in flight; registers limit them
 
   __device__ __forceinline__ int unit(int n, int c) const {
     return n * box.groups + (box.groups == 1 ? 0 : by_group.quotient(c));

@@ -1,7 +1,7 @@
 // Element types as plain storage, conversions that are right under -ftz=true, and packs of elements.
 //
-// CuPy compiles with -ftz=true: float32 arithmetic flushes subnormals. bfloat16 is converted by integer operations, and
-// float16 by the hardware's cvt, which flushes no 16-bit operand. 16-bit values travel as unsigned short: no CUDA header is
+// CuPy compiles with -ftz=true: float32 arithmetic flushes subnormals. bfloat16 is converted by integer operations, all else
+// by the hardware's cvt without .ftz, which flushes nothing. 16-bit values travel as unsigned short: no CUDA header is
 // needed.
 //
 // Options: X_DTYPE (x and dy), Y_DTYPE (y and dx), each one of the names below; REAL_IS_DOUBLE.
@@ -62,13 +62,15 @@ template <int DTYPE, class T> __device__ __forceinline__ float to_float(T v) {
   else return (float)v;
 }
 
-// float32 to float64 by integers where the value is subnormal: a plain conversion would flush it.
+// float32 to float64, subnormals too: a cast would be cvt.ftz, which takes a multiplication of its own to flush them.
 __device__ __forceinline__ double widen(float f) {
-  const unsigned u = bits_of<unsigned>(f), magnitude = u & 0x7fffffffu;
-  if (magnitude >= 0x00800000u) return (double)f;
-  const double tiny = (double)(int)magnitude * 1.401298464324817e-45;  // 2^-149
-  return (u >> 31) ? -tiny : tiny;
+  double d;
+  asm("cvt.f64.f32 %0, %1;" : "=d"(d) : "f"(f));
+  return d;
 }
+
+__device__ __forceinline__ double exactly(float v) { return widen(v); }
+__device__ __forceinline__ double exactly(double v) { return v; }
 
 template <int DTYPE, class T> __device__ __forceinline__ double to_double(T v) {
   if constexpr (DTYPE == FLOAT64) return v;
@@ -94,13 +96,11 @@ __device__ __forceinline__ unsigned short float_to_bfloat(float f) {
   return (unsigned short)((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
 }
 
-// float64 to float32; a subnormal result by hand, since the conversion would flush it.
+// float64 to float32, rounded once, to subnormals too.
 __device__ __forceinline__ float narrow(double d) {
-  const double magnitude = fabs(d);
-  if (!(magnitude < 1.1754943508222875e-38)) return (float)d;  // 2^-126; NaN goes this way too
-  // Adding 2^-97, whose unit in the last place is 2^-149, rounds to a multiple of it and leaves it in the low bits.
-  const unsigned long long u = bits_of<unsigned long long>(magnitude + 6.310887241768095e-30);
-  return bits_of<float>((unsigned)(u & 0xffffffu) | (bits_of<unsigned long long>(d) >> 63 ? 0x80000000u : 0u));
+  float f;
+  asm("cvt.rn.f32.f64 %0, %1;" : "=f"(f) : "d"(d));
+  return f;
 }
 
 template <int DTYPE> __device__ __forceinline__ typename Storage<DTYPE>::type from_float(float f) {

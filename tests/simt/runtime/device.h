@@ -208,6 +208,20 @@ SIMT_INLINE double __hiloint2double(int hi, int lo) {
 // ---- 16-bit floats, for the PTX instructions that build.py replaces. In float64, where their subnormals are normal, so
 // that flushing (see flush_subnormals in module.py) does not touch them: the device does not flush 16-bit operands.
 namespace simt {
+// Whatever the mode that flushes subnormals: by integers, and by adding a number whose last bit is 2^-149.
+SIMT_INLINE double double_of_float(float f) {
+  const unsigned bits = bit_cast<unsigned>(f), magnitude = bits & 0x7fffffffu;
+  if (magnitude >= 0x00800000u) return f;
+  const double tiny = static_cast<int>(magnitude) * 0x1p-149;
+  return bits >> 31 ? -tiny : tiny;
+}
+SIMT_INLINE float float_of_double(double d) {
+  const double magnitude = __builtin_fabs(d);
+  if (!(magnitude < 0x1p-126)) return static_cast<float>(d);
+  const unsigned long long sum = bit_cast<unsigned long long>(magnitude + 0x1p-97);
+  return bit_cast<float>(static_cast<unsigned>(sum & 0xffffff) | (__builtin_signbit(d) ? 0x80000000u : 0u));
+}
+
 // cp.async: the copies are made when the thread waits for them, and those that nobody waits for never.
 SIMT_INLINE void copy_async(size_t to, const void* from) { simt_copy_async(reinterpret_cast<void*>(to), from); }
 SIMT_INLINE void copies_arrived() {
