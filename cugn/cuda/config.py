@@ -44,14 +44,17 @@ ALIGNED_ROW_BYTES = 64
 """Wanted length of rows that begin and end at sectors: what the memory delivers at once. Narrow boxes are tall, and
 what is written for the merge of a channel is little beside what was read of it."""
 
-SMALL_BOX_BYTES = 48 << 10, 24 << 10
-"""Small groups share a block up to this much shared memory, of one array and of two: enough loads in flight, and several
-blocks on a multiprocessor."""
+SMALL_BOX_BYTES = 48 << 10
+SMALL_BOX_BYTES_OF_TWO = 24 << 10
+"""Small groups share a block up to this much shared memory: enough loads in flight, and several blocks on a
+multiprocessor. Of x and dy less, unless channels of one element make what is done once a box count more."""
 
-SPLIT_BOX_BYTES = 84 << 10
-"""Shared memory of the boxes of a split group: two blocks on a multiprocessor of sm_90, so that the loads of one hide
-the sums of the other. Instance norm of channels-last float16 then has 1024 elements of a channel in a box, 2 KB, for
-the 32 bytes that it writes for the merge: 1.6 %."""
+SINGLE_THREADS = 128
+"""Threads of the backward of channels of one element: three blocks have their registers, of 256 threads one."""
+
+SPLIT_BOX_BYTES = 72 << 10, 110 << 10
+"""Shared memory of the boxes of a split group, of one array and of more: three blocks on a multiprocessor of sm_90, and two,
+so that the loads of one hide the sums of the others; more in a box makes what is done once a box count less."""
 
 APPLY_ROWS = 2
 """Boxes of `apply` hold this many times the rows, for they need no shared memory: the statistics, 24 bytes a group and
@@ -221,7 +224,7 @@ def resident_box(problem: Problem, device: Device) -> Box | None:
     if bytes_of(box, p) > limit:
         box = _flattened(p, box)  # rows without gaps
         return box if box.flat and bytes_of(box, p) <= limit else None
-    small = SMALL_BOX_BYTES[p.arrays - 1]
+    small = SMALL_BOX_BYTES if p.arrays == 1 or p.single else SMALL_BOX_BYTES_OF_TWO
     while True:
         samples, groups = (1, min(p.G, 2 * box.groups)) if box.groups < p.G else (2 * box.samples, p.G)
         larger = _box(p, samples, p.outer, groups * p.D, p.inner)
@@ -235,7 +238,7 @@ def resident_box(problem: Problem, device: Device) -> Box | None:
 @lru_cache(maxsize=1024)
 def split_box(problem: Problem, device: Device) -> Box:
     """Box of a part of a group, or of parts of neighbouring groups."""
-    budget = min(SPLIT_BOX_BYTES, device.shared_per_block - RESERVED_SHARED)
+    budget = min(SPLIT_BOX_BYTES[problem.arrays > 1], device.shared_per_block - RESERVED_SHARED)
     elements = max(problem.vector, budget // (problem.arrays * (problem.itemsize + problem.masked)))
     bytes_of = {1: (moments_bytes, apply_bytes), 2: (backward_sums_bytes,), 3: (second_bytes,)}[problem.arrays]
 
@@ -315,6 +318,8 @@ def _box(p: Problem, samples: int, rows: int, channels: int, columns: int) -> Bo
     elements = samples * rows * width
     alone = elements * p.arrays * p.itemsize >= ONE_BLOCK_BYTES
     most = MOST_THREADS if alone and _has_many_threads(p) else USUAL_THREADS
+    if p.single and p.arrays == 2 and not alone:
+        most = SINGLE_THREADS
     threads = min(most, max(32, _power_of_two(elements // p.vector // 4)))
     units = samples * groups
     group_chunks = max(1, rows * width // groups // p.vector)

@@ -220,7 +220,7 @@ struct SumChannels {
     Centre centre[K];
     Scale scale[K];
     sum_columns<K>(
-        box,
+        box.ns, box.samples, box.nr, box.nc, false,
         [&](int n, int c) {
           bool plain = true;
 #pragma unroll
@@ -232,15 +232,21 @@ struct SumChannels {
           }
           return plain;
         },
-        [&](auto, int n, int r, int c, real(&a)[K], real(&b)[K]) {
+        [&](int n, int r, int c, real(&a)[K], real(&b)[K]) {
           add<K>(n, r, c, [&](int k) -> const Centre& { return centre[k]; }, [&](int k) -> const Scale& { return scale[k]; },
                  [&](int k, real v, real x_hat) {
                    a[k] += v;
                    b[k] = fma(v, x_hat, b[k]);
                  });
         },
-        [&](int n, int r, int c) {
-          return slowly(n, r, c, tables.statistic(group_of(n, c)), BENT && !TANGENT ? tables.scale(c) : Scale());
+        [&](int n, int r, int c, double(&a)[K], double(&b)[K]) {
+#pragma unroll
+          for (int k = 0; k < K; ++k) {
+            const Scale own = BENT && !TANGENT ? tables.scale(c + k) : Scale();
+            const Pair one = slowly(n, r, c + k, tables.statistic(group_of(n, c + k)), own);
+            a[k] += one.a;
+            b[k] += one.b;
+          }
         },
         [&](int i) { return sums.at(i); }, [&](int i, const Pair& sum) { sums.set(i, sum); });
   }
@@ -271,8 +277,8 @@ struct SumsOfChannels {
 #pragma unroll
     for (int k = 0; k < K; ++k) sum[k] = sums.at(n * box.nc + c + k);
 #else
-    const int u = n * box.groups + by_group.quotient(c), at = x.index(n, 0, c), v_at = v.index(n, 0, c);
-    const Pack<x_t, K> xs = load_pack<x_t, K>(x.data + at, at % K == 0), vs = load_pack<x_t, K>(v.data + v_at, v_at % K == 0);
+    const int u = n * box.groups + by_group.quotient(c), at = x.index(n, 0, c);
+    const Pack<x_t, K> xs = load_pack<x_t, K>(x.data + at, true), vs = load_pack<x_t, K>(v.data + at, true);
     if (!tables.in_reals(u)) {
       const Statistic statistic = tables.statistic(u);
 #pragma unroll
@@ -417,31 +423,35 @@ extern "C" __global__ void BACKWARD_BOUNDS
     __syncthreads();
 #endif
 #if !TANGENT
+#if SINGLE
     const auto add_samples = [&](auto width) {
       constexpr int K = decltype(width)::value;
-      for (int c = K * threadIdx.x; c < box.nc; c += K * blockDim.x) {
-        Pair total[K] = {}, sum[K];
+      sum_columns<K>(
+          1, 1, box.ns, box.nc, i > 0, [](int, int) { return false; }, [](int, int, int, real(&)[K], real(&)[K]) {},
+          [&](int, int n, int c, double(&a)[K], double(&b)[K]) {
+            Pair sum[K];
+            sums.at(n, c, sum);
 #pragma unroll
-        for (int k = 0; k < K; ++k)
-          if (i) total[k] = work.totals.at(c + k);
-#pragma unroll 1
-        for (int n = 0; n < box.ns; ++n) {
-          sums.at(n, c, sum);
-#pragma unroll
-          for (int k = 0; k < K; ++k) {
-            total[k].a += sum[k].a;
-            total[k].b += sum[k].b;
-          }
-        }
-#pragma unroll
-        for (int k = 0; k < K; ++k) work.totals.set(c + k, total[k]);
-      }
+            for (int k = 0; k < K; ++k) {
+              a[k] += sum[k].a;
+              b[k] += sum[k].b;
+            }
+          },
+          [&](int c) { return work.totals.at(c); }, [&](int c, const Pair& total) { work.totals.set(c, total); });
     };
-#if SINGLE && ACTIVATION == IDENTITY  // eight slopes at a time do not fit in registers
-    if (box.group_channels % VX == 0) add_samples(Count<VX>());
+    if (box.group_channels % COLUMNS == 0) add_samples(Count<COLUMNS>());
     else add_samples(Count<1>());
 #else
-    add_samples(Count<1>());
+    for (int c = threadIdx.x; c < box.nc; c += blockDim.x) {
+      Pair total = i ? work.totals.at(c) : Pair{0, 0}, sum[1];
+#pragma unroll 1
+      for (int n = 0; n < box.ns; ++n) {
+        sums.at(n, c, sum);
+        total.a += sum[0].a;
+        total.b += sum[0].b;
+      }
+      work.totals.set(c, total);
+    }
 #endif
 #endif
     {

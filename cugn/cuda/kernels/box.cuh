@@ -20,7 +20,7 @@
 // As config.most_threads.
 #define LARGE_BACKWARD (!REAL_IS_DOUBLE && VECTOR_CHANNELS <= 2 && !MORE_THAN_SUMS)
 #define BACKWARD_BOUNDS \
-  __launch_bounds__(LARGE_BACKWARD ? 512 : 256, LARGE_BACKWARD || REAL_IS_DOUBLE || SINGLE || MORE_THAN_SUMS || VECTOR_CHANNELS > 2 ? 1 : 2)
+  __launch_bounds__(LARGE_BACKWARD ? 512 : 256, LARGE_BACKWARD || REAL_IS_DOUBLE || SINGLE || MORE_THAN_SUMS ? 1 : 2)
 #define BACKWARD_SUMS_BOUNDS __launch_bounds__(256, HEAVY ? 1 : 2)
 #define BACKWARD_APPLY_BOUNDS \
   __launch_bounds__(256, HEAVY || (VECTOR_CHANNELS > 2 && Y_DTYPE < FLOAT32 && MORE_THAN_SUMS) ? 1 : 2)
@@ -381,42 +381,45 @@ __device__ __forceinline__ void walk(int rows, int run, int lane, int team, Body
   else deal<1>(rows, run, lane, team, body, flush);
 }
 
-// Lanes that `vectors` of a line are dealt to: the most of which at least 8 in 9 have one.
-__device__ __forceinline__ int lanes_for(int vectors) {
+// Lanes that `vectors` of a line are dealt to: the most of which at least `busy` have one.
+__device__ __forceinline__ int lanes_for(int vectors, float busy) {
   int shift = 5;
-  while (shift > 0 && 8 * (((vectors + (1 << shift) - 1) >> shift) << shift) > 9 * vectors) --shift;
+  while (shift > 0 && (float)vectors < busy * (float)(((vectors + (1 << shift) - 1) >> shift) << shift)) --shift;
   return 1 << shift;
 }
 
-// ---- sums over the rows of channels-last boxes: threads own columns
-
-// Elements of a row that a thread sums up side by side: more take registers.
+// Elements of a row that a thread sums up side by side: more take registers, of which `backward` has few.
+#if defined(KERNEL_BACKWARD) && !SINGLE
+constexpr int COLUMNS = 2;
+#else
 constexpr int COLUMNS = VX < 4 ? VX : 4;
+#endif
 
-// Sums over the rows of two values of each channel of each sample in the box, where a row has one element of a channel: to
-// set(n nc + c, sums), by warps that hold some columns and every so many rows. begin(n, c) looks up what the columns c, ...,
-// c + K - 1 need, body(Count<K>, n, r, c, a, b) adds the values of K elements to a and b, which are added to float64 sums
-// every SHORT_RUN rows; slowly(n, r, c + k, sum) takes the elements one by one where begin() returned false. Called by the
-// whole block; `at` reads what set() wrote.
-template <int K, class Begin, class Body, class Slowly, class At, class Set>
-__device__ __forceinline__ void sum_columns(const Box& box, Begin begin, Body body, Slowly slowly, At at, Set set) {
-  const int vectors = box.nc / K, lanes = lanes_for(vectors), slots_of_warp = 32 / lanes;
-  const int lines = (vectors + lanes - 1) / lanes, units = box.ns * lines, warps = blockDim.x >> 5;
-  const int sharing = max(1, warps / (box.samples * lines));  // warps that share a unit
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, share = warp % sharing;
+// Sums over `rows` rows of two values of each of nc channels, of `samples` samples of `most_samples` (the batch decides no order
+// of a sum), where a row has one element of a channel: to set(n nc + c, sums), by warps that hold some columns and every so
+// many rows. begin(n, c) looks up what the columns c, ..., c + K - 1 need; body(n, r, c, a, b) adds the values of K elements to
+// a and b, which are added to float64 sums every SHORT_RUN rows; where begin() returned false, exactly(n, r, c, a, b) adds
+// them to float64 sums itself. With `more` the sums come on top of what at() reads. Called by the whole block.
+template <int K, class Begin, class Body, class Exactly, class At, class Set>
+__device__ __forceinline__ void sum_columns(int samples, int most_samples, int rows, int nc, bool more, Begin begin, Body body,
+                                            Exactly exactly_of, At at, Set set) {
+  const int vectors = nc / K, lanes = lanes_for(vectors, 0.85f), slots_of_warp = 32 / lanes, lines = (vectors + lanes - 1) / lanes;
+  const int units = samples * lines, warps = blockDim.x >> 5, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int sharing = max(1, warps / (most_samples * lines));  // warps that share a unit
+  const int share = warp % sharing, at_once = warps / sharing, place = warp / sharing;
   const Divisor by_lines(lines);
-  for (int first = 0; first < units; first += warps / sharing) {
-    const int unit = first + warp / sharing, n = by_lines.quotient(unit);
+  for (int first = 0; first < units; first += at_once) {
+    const int unit = first + place, n = by_lines.quotient(unit);
     const int v = (unit - n * lines) * lanes + (lane & (lanes - 1)), c = v * K;
-    const bool mine = unit < units && v < vectors && warp / sharing < warps / sharing;
+    const bool mine = place < at_once && unit < units && v < vectors;
     double sum_a[K] = {}, sum_b[K] = {};
     if (mine) {
       int r = share * slots_of_warp + lane / lanes;
       const int step = sharing * slots_of_warp;
       if (begin(n, c)) {
-        while (r < box.nr) {
+        while (r < rows) {
           real a[K] = {}, b[K] = {};
-          for (int u = 0; u < SHORT_RUN && r < box.nr; ++u, r += step) body(Count<K>(), n, r, c, a, b);
+          for (int u = 0; u < SHORT_RUN && r < rows; ++u, r += step) body(n, r, c, a, b);
 #pragma unroll
           for (int k = 0; k < K; ++k) {
             sum_a[k] += exactly(a[k]);
@@ -425,14 +428,7 @@ __device__ __forceinline__ void sum_columns(const Box& box, Begin begin, Body bo
         }
       } else {
 #pragma unroll 1
-        for (; r < box.nr; r += step) {
-#pragma unroll
-          for (int k = 0; k < K; ++k) {
-            const Pair one = slowly(n, r, c + k);
-            sum_a[k] += one.a;
-            sum_b[k] += one.b;
-          }
-        }
+        for (; r < rows; r += step) exactly_of(n, r, c, sum_a, sum_b);
       }
     }
 #pragma unroll
@@ -447,8 +443,8 @@ __device__ __forceinline__ void sum_columns(const Box& box, Begin begin, Body bo
       if (mine && lane < lanes && share == other) {
 #pragma unroll
         for (int k = 0; k < K; ++k) {
-          const Pair before = other ? at(n * box.nc + c + k) : Pair{0, 0};
-          set(n * box.nc + c + k, {before.a + sum_a[k], before.b + sum_b[k]});
+          const Pair before = other || more ? at(n * nc + c + k) : Pair{0, 0};
+          set(n * nc + c + k, {before.a + sum_a[k], before.b + sum_b[k]});
         }
       }
     }
@@ -606,10 +602,11 @@ __device__ __forceinline__ bool line(const Op& op, const typename Op::Entry (&en
   return false;
 }
 
-// Of rows that begin at vectors: those of a channel where each lies in one, else those at the same place in each row.
+// Of rows that begin at vectors: those of a channel where each lies in one, else those at the same place in each row. Of a
+// channel more lanes are left idle, for neighbours that write whole sectors between them.
 template <bool SLOW, class Op> __device__ __forceinline__ bool apply_in_lines(const Op& op, const Global<y_t>& out, const Box& box) {
   typename Op::Entry entry[ENTRIES];
-  const int vectors = (ENTRIES == 1 ? box.ncol : box.width) / VY, lanes = lanes_for(vectors);
+  const int vectors = (ENTRIES == 1 ? box.ncol : box.width) / VY, lanes = lanes_for(vectors, ENTRIES == 1 ? 0.75f : 0.85f);
   const int lines_of_vectors = (vectors + lanes - 1) / lanes;
   const bool aligned = op.rows_aligned();
   bool left = false;
