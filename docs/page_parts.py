@@ -169,11 +169,70 @@ def gpu_part(bandwidth: float = 3350.0) -> str:
     return "\n".join(lines) + "\n"
 
 
+def gpu_times_part() -> str:
+    """Table and figure of the times on a GPU that are stored in ``figures/gpu.json``."""
+    stored = DOCS / "figures" / "gpu.json"
+    if not stored.exists():
+        return "No measurement is stored with this source tree: `python -m tests.gpu.timing docs/figures/gpu.json`."
+    sys.path.insert(0, str(DOCS.parent))
+    from tests.gpu import timing
+
+    measured = json.loads(stored.read_text())
+    gpu_figure(measured["rows"], DOCS / "_static" / "gpu.png", measured["device"])
+    return "\n".join(
+        [
+            f"Measured on an {measured['device']} with "
+            + ", ".join(f"{name} {value}" for name, value in measured["versions"].items())
+            + ". Microseconds of the device's work, medians of 20, the second-level cache emptied before each.",
+            "",
+            "```{image} _static/gpu.png",
+            ":alt: Bytes a second that forward and backward move on the GPU, beside torch and a copy, for each case",
+            "```",
+            "",
+            timing.table(measured),
+            "",
+        ]
+    )
+
+
+def gpu_figure(rows: list[dict[str, Any]], path: Path, device: str) -> None:
+    """Throughput of cugn, torch and the copy for each float32 case, of the bytes that have to be moved at least."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row["dtype"] == "float32"]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 0.34 * len(rows) + 1.2), sharey=True, layout="constrained")
+    labels = [f"{row['case']} {tuple(row['shape'])}" for row in rows]
+    for axis, name, arrays in zip(axes, ("forward", "backward"), (2, 3), strict=True):
+        styles = {"copy": ("#9a9a9a", "|"), f"torch {name}": ("#d1495b", "o"), name: ("#2e6f95", "o")}
+        for source, (color, marker) in styles.items():
+            moved = 2 if source == "copy" else arrays
+            points = [
+                (moved * row["milliseconds"]["bytes"] / row["milliseconds"][source] / 1e9, k)
+                for k, row in enumerate(rows)
+                if row["milliseconds"][source]
+            ]
+            label = {"copy": "copy", name: "cugn"}.get(source, "torch")
+            axis.scatter(*zip(*points, strict=True), color=color, marker=marker, s=60, label=label)
+        axis.set(title=name, xlabel="TB/s that the operation needs at least, float32", xlim=(0, None))
+        axis.grid(axis="x", alpha=0.3)
+        axis.invert_yaxis()
+    axes[1].invert_yaxis()
+    axes[0].set_yticks(range(len(rows)), labels, fontsize=8)
+    axes[1].legend(loc="lower right")
+    figure.suptitle(device)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def make_parts(app: Any) -> None:
     """Write all parts."""
     write("guide/paths.inc.md", serving_table())
     write("peers.inc.md", peers_part())
     write("gpu_model.inc.md", gpu_part())
+    write("gpu.inc.md", gpu_times_part())
 
 
 def setup(app: Any) -> dict[str, Any]:

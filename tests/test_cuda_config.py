@@ -142,11 +142,16 @@ def test_alignment_moves_rows_and_nothing_else() -> None:
 
 
 def test_no_choice_depends_on_the_batch() -> None:
-    """All that decides the order of a sum over a group is the same for every N."""
+    """All that decides the order of a sum over a group is the same for every N.
+
+    Where rows are single the teams do; how many groups share a block is free there.
+    """
     for p in ALL:
         other = dataclasses.replace(p, N=p.N + 1000)
         for (kind, a, _), (_, b, _) in zip(boxes(p, H100), boxes(other, H100), strict=True):
             same = {f.name for f in dataclasses.fields(Box)} - {"sample_tiles"}
+            if p.outer == 1 and a.parts == b.parts == 1:
+                same = {"rows", "columns", "group_team", "channel_team"}
             assert all(getattr(a, name) == getattr(b, name) for name in same), (kind, p)
 
 

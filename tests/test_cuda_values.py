@@ -16,7 +16,8 @@ import pytest
 import simt
 import test_accuracy as table
 from covering import pairwise
-from cuda_on_cpu import EMULATOR_NEEDED, NEEDED, emulated
+from cuda_on_cpu import EMULATOR_NEEDED, NEEDED, ON_DEVICE, emulated
+from gpu import bits as record
 from libraries import FLOATS, Library, dtype_of
 from simt import host_cupy
 from test_accuracy import check_gradients, check_y
@@ -562,6 +563,15 @@ def test_other_devices_give_the_same_bits(dtype: str) -> None:
         with emulated(host_cupy.Properties(multiprocessors=count), mode="fast") as library:
             found.add(tuple(bits(library, x, dy, weight, bias, 2)))
     assert len(found) == 1
+
+
+@pytest.mark.rare(when=lambda name: name != "(3, 12, 49) 4 float32 first")
+@pytest.mark.parametrize("name", record.names())
+def test_the_bits_on_record(name: str, fast: Library) -> None:
+    """The checksums for devices are what the kernels give now; `python -m tests.gpu.bits` makes them."""
+    if ON_DEVICE:
+        pytest.skip("test_gpu_bits does this on a GPU")
+    assert record.digests(fast, *record.names()[name]) == record.recorded()[name]
 
 
 # ---------------------------------------------------------------- devices and memory

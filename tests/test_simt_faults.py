@@ -279,6 +279,39 @@ def test_uninitialised_shared_memory():
     assert fault.thread == (0, 0, 0)
 
 
+COPY = """
+    __device__ void copy(void* to, const void* from) {
+      const size_t address = __cvta_generic_to_shared(to);
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "l"(address), "l"(from) : "memory");
+    }
+    extern "C" __global__ void k(const float* x, float* y) {
+      __shared__ alignas(16) float s[256];
+      copy(s + 4 * threadIdx.x, x + 4 * threadIdx.x);
+      WAIT
+      BARRIER
+      for (int i = threadIdx.x; i < 256; i += 64) y[i] = s[i];
+    }"""
+WAIT, BARRIER = 'asm volatile("cp.async.wait_all;" : : : "memory");', "__syncthreads();"
+
+
+def test_asynchronous_copies_arrive():
+    x, y = simt.Array(np.arange(256, dtype=np.float32)), floats(256)
+    run(COPY.replace("WAIT", WAIT).replace("BARRIER", BARRIER), x, y)
+    np.testing.assert_array_equal(y.host, x.host)
+
+
+def test_asynchronous_copies_that_nobody_waits_for():
+    code = COPY.replace("WAIT", "").replace("BARRIER", BARRIER)
+    assert fault_of(code, floats(256, 1.0), floats(256)).kind == "uninitialised-shared"
+
+
+def test_asynchronous_copies_of_others_need_a_barrier():
+    code = COPY.replace("WAIT", WAIT).replace("BARRIER", "")
+    with pytest.raises(simt.SimtFault) as caught:
+        run(code, floats(256, 1.0), floats(256))
+    assert {fault.kind for fault in caught.value.faults} <= {"race", "uninitialised-shared"}
+
+
 def test_shared_memory_of_the_previous_block_is_uninitialised():
     code = """
     extern "C" __global__ void k(float* y) {

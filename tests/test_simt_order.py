@@ -451,6 +451,33 @@ def test_ptx_rounds_to_nearest_even():
 
 
 @pytest.mark.parametrize("mode", ["check", "fast"])
+def test_ptx_conversions_of_float64_flush_nothing(mode):
+    code = """
+    extern "C" __global__ void k(const float* f, double* wide, const double* d, float* narrow) {
+      const int i = threadIdx.x;
+      const float value = f[i];
+      double result;
+      asm("cvt.f64.f32 %0, %1;" : "=d"(result) : "f"(value));
+      wide[i] = result;
+      const double other = d[i];
+      float rounded;
+      asm("cvt.rn.f32.f64 %0, %1;" : "=f"(rounded) : "d"(other));
+      narrow[i] = rounded;
+    }"""
+    least = 2.0**-149
+    d = np.array([0.0, -0.0, least, 0.5 * least, 0.75 * least, 1.5 * least, 2.5 * least, 1e-40, -1e-40, 2.0**-126])
+    d = np.concatenate([d, [np.inf, -np.inf, np.nan, 1 + 2.0**-24, 1 + 3 * 2.0**-24, 3.5e38, 1e300, 1e-300, 1 / 3, 7]])
+    with np.errstate(all="ignore"):
+        f = d.astype(np.float32)
+        wide, narrow = fresh(d.size, np.float64), fresh(d.size)
+        with simt.using(mode=mode):
+            run(code, simt.Array(f), wide, simt.Array(d), narrow, block=d.size)
+        np.testing.assert_array_equal(wide.host, f.astype(np.float64))
+        np.testing.assert_array_equal(narrow.host, f)
+        assert (np.signbit(narrow.host) == np.signbit(f)).all()
+
+
+@pytest.mark.parametrize("mode", ["check", "fast"])
 def test_subnormals_are_flushed_as_cupy_compiles(mode):
     code = """
     extern "C" __global__ void k(const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x] * 0.5f; }"""

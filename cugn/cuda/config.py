@@ -40,21 +40,36 @@ SECTOR = 32
 FEW_ROWS_BYTES = 640
 """Rows of a box this long waste at most 2 of 22 sectors however they are aligned: an efficiency above 0.9."""
 
-ALIGNED_ROW_BYTES = 64
-"""Wanted length of rows that begin and end at sectors: what the memory delivers at once. Narrow boxes are tall, and
-what is written for the merge of a channel is little beside what was read of it."""
+ALIGNED_ROW_BYTES = 64, 256
+"""Wanted length of rows that begin and end at sectors, of boxes of whole groups and of split ones: what the memory
+delivers at once, and where there are many rows what the threads of a warp have side by side."""
 
-SMALL_BOX_BYTES = 48 << 10
-SMALL_BOX_BYTES_OF_TWO = 24 << 10
-"""Small groups share a block up to this much shared memory: enough loads in flight, and several blocks on a
-multiprocessor. Of x and dy less, unless channels of one element make what is done once a box count more."""
+SMALL_BOX_BYTES = 96 << 10
+"""Small groups share a block up to this much shared memory: two blocks on a multiprocessor, each with enough to do for
+what is done once a block. Measured on an H200: (16384, 1024), G = 1 takes 74 us with half of it, 66 with this."""
+
+SMALL_BOX_BYTES_OF_ROWS = 48 << 10, 96 << 10
+"""The same where there are rows, of one array and of two. What is in such a box decides the order of its sums, and so
+it cannot go by the number of samples."""
+
+ENOUGH_BLOCKS = 132
+"""Groups share a block as long as there are so many blocks, one for each multiprocessor of an H100."""
+
+LEAST_THREADS = 128
+LEAST_BOX_BYTES = 4 << 10
+"""Groups share a block in any case until it has so many threads (in the backward) and so much of x: what the ends of a
+box waste of vectors and sectors does not count then."""
 
 SINGLE_THREADS = 128
 """Threads of the backward of channels of one element: three blocks have their registers, of 256 threads one."""
 
+VECTORS_OF_A_LANE = 8
+"""Vectors that a thread of a team has at least where the team has several threads: of fewer the sums over the team cost
+more."""
+
 SPLIT_BOX_BYTES = 72 << 10, 110 << 10
-"""Shared memory of the boxes of a split group, of one array and of more: three blocks on a multiprocessor of sm_90, and two,
-so that the loads of one hide the sums of the others; more in a box makes what is done once a box count less."""
+"""Shared memory of the boxes of a split group, of one array and of more: three blocks on a multiprocessor of sm_90, and
+two, so that the loads of one hide the sums of the others; more in a box makes what is done once a box count less."""
 
 APPLY_ROWS = 2
 """Boxes of `apply` hold this many times the rows, for they need no shared memory: the statistics, 24 bytes a group and
@@ -219,16 +234,18 @@ def resident_box(problem: Problem, device: Device) -> Box | None:
     p = problem
     limit = device.shared_per_block - RESERVED_SHARED
     bytes_of = backward_bytes if p.arrays == 2 else forward_bytes
-    least = 1 if p.outer == 1 else _groups_for_whole_sectors(p)
+    least = 1 if p.outer == 1 else _groups_for_whole_sectors(p, ALIGNED_ROW_BYTES[0])
     box = _box(p, 1, p.outer, least * p.D, p.inner)
     if bytes_of(box, p) > limit:
         box = _flattened(p, box)  # rows without gaps
         return box if box.flat and bytes_of(box, p) <= limit else None
-    small = SMALL_BOX_BYTES if p.arrays == 1 or p.single else SMALL_BOX_BYTES_OF_TWO
+    small = SMALL_BOX_BYTES if p.outer == 1 else SMALL_BOX_BYTES_OF_ROWS[p.arrays - 1]
     while True:
         samples, groups = (1, min(p.G, 2 * box.groups)) if box.groups < p.G else (2 * box.samples, p.G)
         larger = _box(p, samples, p.outer, groups * p.D, p.inner)
-        if bytes_of(larger, p) > min(limit, small):
+        large = box.elements * p.itemsize >= LEAST_BOX_BYTES and (p.arrays == 1 or box.threads >= LEAST_THREADS)
+        few = p.outer == 1 and large and larger.tiles < ENOUGH_BLOCKS
+        if bytes_of(larger, p) > min(limit, small) or few:
             break
         box = larger
     most = min(limit, max(small, bytes_of(box, p) * 9 // 8))
@@ -261,9 +278,9 @@ def _part(p: Problem, elements: int) -> Box:
         return _box(p, 1, 1, p.D * (elements // (p.D * p.inner)), p.inner)
     if p.outer == 1:  # some channels of one group
         return _box(p, 1, 1, min(p.D, _even(p.D, max(1, elements // p.inner))), p.inner)
-    channels = _channels_for_whole_sectors(p) if p.D > 1 else p.D
+    channels = _channels_for_whole_sectors(p, ALIGNED_ROW_BYTES[1]) if p.D > 1 else p.D
     if channels >= p.D:
-        channels = p.D * _groups_for_whole_sectors(p)
+        channels = p.D * _groups_for_whole_sectors(p, ALIGNED_ROW_BYTES[1])
     rows = max(1, elements // (channels * p.inner))
     return _box(p, 1, _even(p.outer, rows), channels, p.inner)
 
@@ -321,9 +338,15 @@ def _box(p: Problem, samples: int, rows: int, channels: int, columns: int) -> Bo
     if p.single and p.arrays == 2 and not alone:
         most = SINGLE_THREADS
     threads = min(most, max(32, _power_of_two(elements // p.vector // 4)))
-    units = samples * groups
+    units, parts = samples * groups, row_tiles * column_tiles * parts_of_channels
     group_chunks = max(1, rows * width // groups // p.vector)
     channel_chunks = max(1, rows * columns // (p.vector if columns % p.vector == 0 else 1))
+    if p.outer == 1 and parts == 1:  # by the sizes of a sample alone: the batch decides how many are in the box
+        group_team = min(threads, _team(max(LEAST_TEAM, group_chunks // VECTORS_OF_A_LANE), group_chunks))
+        channel_team = min(threads, _team(max(1, channel_chunks // VECTORS_OF_A_LANE), channel_chunks))
+    else:
+        group_team = _team(max(LEAST_TEAM, threads // units), group_chunks)
+        channel_team = _team(max(1, threads // (samples * channels)), channel_chunks)
     return Box(
         samples=samples,
         rows=rows,
@@ -336,10 +359,10 @@ def _box(p: Problem, samples: int, rows: int, channels: int, columns: int) -> Bo
         pitch=pitch,
         flat=flat,
         groups=groups,
-        parts=row_tiles * column_tiles * parts_of_channels,
+        parts=parts,
         threads=threads,
-        group_team=_team(threads, units, group_chunks, LEAST_TEAM),
-        channel_team=_team(threads, samples * channels, channel_chunks),
+        group_team=group_team,
+        channel_team=channel_team,
     )
 
 
@@ -462,30 +485,30 @@ def apply_bytes(box: Box, p: Problem) -> int:
     return box.tables_bytes(p.real, p.tangent, 0)
 
 
-def _groups_for_whole_sectors(p: Problem) -> int:
+def _groups_for_whole_sectors(p: Problem, wanted: int) -> int:
     """Neighbouring groups that make rows of a box out of whole sectors, or so long that the ends do not count."""
     run = p.D * p.inner * p.itemsize
     if p.aligned_rows:
-        for groups in range(-(-ALIGNED_ROW_BYTES // run), 2 * SECTOR + -(-ALIGNED_ROW_BYTES // run)):
+        for groups in range(-(-wanted // run), 2 * SECTOR + -(-wanted // run)):
             if groups * run % SECTOR == 0:
                 return min(p.G, groups)
     return min(p.G, -(-FEW_ROWS_BYTES // run))
 
 
-def _channels_for_whole_sectors(p: Problem) -> int:
+def _channels_for_whole_sectors(p: Problem, wanted: int) -> int:
     """As `_groups_for_whole_sectors`, channels of one group; D where it takes all of them."""
     row = p.inner * p.itemsize
     if p.aligned_rows and p.D * row % SECTOR == 0:
-        for channels in range(-(-ALIGNED_ROW_BYTES // row), p.D):
+        for channels in range(-(-wanted // row), p.D):
             if channels * row % SECTOR == 0:
                 return channels
     return min(p.D, -(-FEW_ROWS_BYTES // row))
 
 
-def _team(threads: int, units: int, chunks: int, least: int = 1) -> int:
-    """Threads for each of `units` units of `chunks` loads: a power of two, `least` where there are as many loads."""
-    team = max(min(least, chunks), threads // units)
-    return min(1 << (team.bit_length() - 1), _power_of_two(chunks))
+def _team(threads: int, chunks: int) -> int:
+    """Threads for a unit of `chunks` loads: a power of two, at most so many and no more than there are loads."""
+    threads = min(threads, _power_of_two(chunks))
+    return 1 << (threads.bit_length() - 1)
 
 
 def spread(entries: int, itemsize: int) -> int:

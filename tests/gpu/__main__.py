@@ -1,4 +1,7 @@
-"""``python -m tests.gpu [report.json]``: all GPU tests, and a report (device, results, times) to send back."""
+"""``python -m tests.gpu [report.json]``: all GPU tests, and a report (device, results, times) to send back.
+
+Beside the tests of this folder those of the CUDA engine that run on the emulator elsewhere: here on the device.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ def main() -> int:
 
     report = Path(sys.argv[1] if len(sys.argv) > 1 else "gpu-report.json").resolve()
     report.unlink(missing_ok=True)
-    os.environ["CUGN_GPU_REPORT"] = str(report)
+    os.environ |= {"CUGN_GPU_REPORT": str(report), "CUGN_CUDA": "device"}
     results: dict[str, str] = {}
 
     class Recorder:
@@ -24,7 +27,9 @@ def main() -> int:
                 text = "" if report.outcome == "passed" else f": {str(report.longrepr)[-2000:]}"
                 results[report.nodeid] = report.outcome + text
 
-    code = pytest.main([str(Path(__file__).parent), "-q"], plugins=[Recorder()])
+    here = Path(__file__).parent
+    engine = [str(here.parent / f"test_cuda_{what}.py") for what in ("values", "gradients", "errors", "host")]
+    code = pytest.main([str(here), *engine, "-q"], plugins=[Recorder()])
     record = json.loads(report.read_text()) if report.exists() else {}
     record["machine"] = _machine()
     record["results"] = results

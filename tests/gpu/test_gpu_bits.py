@@ -1,4 +1,4 @@
-"""Promise: the device computes what the emulator does, to the bit, so that what CI shows on the emulator holds there."""
+"""Promise: the device computes what the emulator does, to the bit: what CI shows on the emulator holds there."""
 
 from __future__ import annotations
 

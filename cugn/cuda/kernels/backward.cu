@@ -83,6 +83,9 @@ template <class FromX, class FromV> struct Gradient {
 #endif
     return e;
   }
+  static constexpr bool FEW_REGISTERS = false;
+  // Small groups of float32, which `backward` knows by their size.
+  __device__ __forceinline__ bool all_slow() const { return SINGLE && !REAL_IS_DOUBLE && box.nr * box.run <= FEW_ELEMENTS; }
   __device__ __forceinline__ bool slow(const Entries& e) const { return !REAL_IS_DOUBLE && e.scale != e.scale; }
 
   __device__ __forceinline__ ExactGroup exact_group(int u) const {
@@ -412,7 +415,7 @@ extern "C" __global__ void BACKWARD_BOUNDS
       const Moments m = tables.held(u);
       const int n = u / box.groups;
       const double r = have_rstd ? rstd_given[(box.n0 + n) * G + box.g0 + (u - n * box.groups)] / m.unit : m.rstd(eps);
-      tables.set(u, {m.mean, m.low, r, m.unit});
+      tables.finish(u, m, r);
       if (count_of(u) <= FEW_ELEMENTS && !REAL_IS_DOUBLE) tables.to_exact(u);
     }
     __syncthreads();

@@ -146,6 +146,36 @@ template <class T> struct Global {
   }
 };
 
+// A vector to any place in shared memory, in words where there are some. Lanes 8 apart begin with different ones: all of them
+// would write to the same eight banks otherwise.
+template <class T, int V> __device__ __forceinline__ void store_anywhere(T* p, const Pack<T, V>& pack) {
+  if constexpr (sizeof(T) == 2 || sizeof(T) == 4) {
+    constexpr int OF_WORD = 4 / sizeof(T);
+    const int odd = elements_past_16_bytes(p) & (OF_WORD - 1), first = threadIdx.x >> 3 & 3;
+    unsigned words[4];  // of an odd place three, the first and the last element beside them
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const T* from = pack.element + k * OF_WORD;
+      const unsigned even_word = word_of(from);
+      words[k] = k < 3 && odd ? word_of(from + (OF_WORD - 1)) : even_word;
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const int j = (first + k) & 3;
+      const unsigned word = j == 0 ? words[0] : j == 1 ? words[1] : j == 2 ? words[2] : words[3];
+      if (!odd || j < 3) {
+        *reinterpret_cast<unsigned*>(p + j * OF_WORD + odd) = word;
+      } else {
+        p[0] = pack.element[0];
+        p[V - 1] = pack.element[V - 1];
+      }
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < V; ++k) p[k] = pack.element[k];
+  }
+}
+
 // A box in shared memory. Vectors of it are vectors there, wherever they lie in global memory.
 template <class T> struct Shared {
   static constexpr bool FAR = false;
@@ -192,9 +222,7 @@ template <class T> struct Shared {
       const int e = at.place * V - elements_past_16_bytes(row);
       T* to = data + at.row * row_step;
       if (e >= 0 && e + V <= length) {
-        const Pack<T, V> pack = load_pack<T, V>(row + e, true);
-#pragma unroll
-        for (int k = 0; k < V; ++k) to[e + k] = pack.element[k];
+        store_anywhere(to + e, load_pack<T, V>(row + e, true));
       } else {
         for (int k = max(e, 0); k < min(e + V, length); ++k) to[k] = row[k];
       }
@@ -469,7 +497,7 @@ struct Place {
 
 // Op: Input (where a row's elements come from), Values<K> (K of them), Entry (what a channel of a sample needs), Group and
 // Scale (the parts of it that its group and its channel need), and unit(n, c), group(unit), scale(c), entry(group, scale),
-// slow(entry), load(values, from, element, place, aligned), fast(entry, values, k); for slow entries the same in float64, ExactGroup, exact_group(unit) and exact(group, c,
+// slow(entry), all_slow(), load(values, from, element, place, aligned), fast(entry, values, k); for slow entries the same in float64, ExactGroup, exact_group(unit) and exact(group, c,
 // values, k).
 //
 // VECTOR_CHANNELS: channels that an aligned vector of the output lies in at most. 1, 2 (a channel's run is at least a
@@ -554,30 +582,34 @@ struct Units {
   }
 };
 
+// A vector of a line, of which some elements may go to float64.
+template <class Op>
+__device__ __forceinline__ void store_slowly(const Op& op, const Place& at, int q, y_t* to, bool aligned, const Box& box) {
+  const typename Op::Input from = op.input(at.n, at.r);
+  if constexpr (SINGLE) {
+    typename Op::template Values<VY> values;
+    op.load(values, from, q, at.n, at.r, q, aligned);
+    Pack<y_t, VY> pack;
+    mixed_vector(op, at, box, values, pack);
+    store_pack<y_t, VY>(to, pack, true);
+  } else {
+    apply_slowly(op, at, q, q + VY, box, from, to - q);
+  }
+}
+
 // Vectors v, v + step, ... below `end`, which have the same entries; where(v, body) calls body(place, element of the row,
 // address of the result). Those of which elements go to float64 are left to a second going through, SLOW, and true is returned.
 template <bool SLOW, class Op, class Where>
 __device__ __forceinline__ bool line(const Op& op, const typename Op::Entry (&entry)[ENTRIES], int v, int end, int step, bool aligned,
                                      const Box& box, Where where) {
-  bool plain = aligned;
+  bool plain = aligned && !op.all_slow();
 #pragma unroll
   for (int k = 0; k < ENTRIES; ++k) plain = plain && !op.slow(entry[k]);
   if constexpr (SLOW) {
     if (plain) return false;
 #pragma unroll 1
     for (; v < end; v += step) {
-      where(v, [&](const Place& at, int q, y_t* to) {
-        const typename Op::Input from = op.input(at.n, at.r);
-        if constexpr (SINGLE) {
-          typename Op::template Values<VY> values;
-          op.load(values, from, q, at.n, at.r, q, aligned);
-          Pack<y_t, VY> pack;
-          mixed_vector(op, at, box, values, pack);
-          store_pack<y_t, VY>(to, pack, true);
-        } else {
-          apply_slowly(op, at, q, q + VY, box, from, to - q);
-        }
-      });
+      where(v, [&](const Place& at, int q, y_t* to) { store_slowly(op, at, q, to, aligned, box); });
     }
   } else {
     if (!plain) return true;
@@ -648,7 +680,8 @@ template <bool SLOW, class Op> __device__ __forceinline__ bool apply_in_lines(co
       typename Op::Scale scale[ENTRIES];
       int channel[ENTRIES];
       bool one_group = true;
-      {
+      const bool look = !(SLOW && op.all_slow());
+      if (look) {
         Place next = place;
 #pragma unroll
         for (int k = 0; k < ENTRIES; ++k) {
@@ -659,11 +692,13 @@ template <bool SLOW, class Op> __device__ __forceinline__ bool apply_in_lines(co
         }
       }
       for (place.n = slot; place.n < box.ns; place.n += units.slots) {
-        typename Op::Group group = op.group(op.unit(place.n, c));
+        if (look) {
+          typename Op::Group group = op.group(op.unit(place.n, c));
 #pragma unroll
-        for (int k = 0; k < ENTRIES; ++k) {
-          if (!one_group) group = op.group(op.unit(place.n, channel[k]));
-          entry[k] = op.entry(group, scale[k]);
+          for (int k = 0; k < ENTRIES; ++k) {
+            if (!one_group) group = op.group(op.unit(place.n, channel[k]));
+            entry[k] = op.entry(group, scale[k]);
+          }
         }
         left |= line<SLOW>(op, entry, 0, 1, 1, aligned, box, [&](int, auto body) { body(place, q, out.row(place.n, 0) + q); });
       }
@@ -673,9 +708,9 @@ template <bool SLOW, class Op> __device__ __forceinline__ bool apply_in_lines(co
 }
 
 // Wherever vectors of the output begin and end, in the order of memory. An entry is looked up once a vector, or for as long as
-// a thread stays in its channels; eight of them are not kept: they are looked up one by one.
+// a thread stays in its channels; eight large ones are not kept, but looked up one by one.
 template <class Op> __device__ __forceinline__ void apply_anywhere(const Op& op, const Global<y_t>& out, const Box& box) {
-  constexpr bool KEEP = KEPT && ENTRIES <= 4;
+  constexpr bool KEEP = KEPT && (ENTRIES <= 4 || Op::FEW_REGISTERS);
   typename Op::Entry entry[ENTRIES];
   int known = -1;  // sample and position in a row that the entries belong to
   const int segments = box.segments(), length = box.segment_length();
@@ -727,13 +762,17 @@ template <class Op> __device__ __forceinline__ void apply_anywhere(const Op& op,
       op.load(values, from, e, place.n, place.r, q, op.aligned_at(from, e));
       Pack<y_t, VY> pack;
       Place next = place;
+      typename Op::Group group;
+      int unit = -1;  // whose it is
 #pragma unroll
       for (int k = 0; k < VY; ++k) {
         typename Op::Entry one;
         if constexpr (KEEP) {
           one = ENTRIES == 2 && k >= here ? entry[ENTRIES - 1] : entry[ENTRIES == VY ? k : 0];
         } else {
-          one = op.entry(op.group(op.unit(next.n, next.c)), op.scale(next.c));
+          const int other = op.unit(next.n, next.c);
+          if (other != unit) group = op.group(unit = other);
+          one = op.entry(group, op.scale(next.c));
           plain = plain && !op.slow(one);
           next.step(box);
         }
@@ -751,7 +790,7 @@ template <class Op> __device__ __forceinline__ void apply(const Op& op, const Gl
   constexpr bool ALWAYS = IN_LINES && VECTOR_CHANNELS == 1;
   if (ALWAYS || (IN_LINES && out.rows_aligned() && box.width % VY == 0)) {
     if constexpr (IN_LINES)
-      if (apply_in_lines<false>(op, out, box)) apply_in_lines<true>(op, out, box);
+      if (op.all_slow() || apply_in_lines<false>(op, out, box)) apply_in_lines<true>(op, out, box);
   } else if constexpr (!ALWAYS) {
     apply_anywhere(op, out, box);
   }

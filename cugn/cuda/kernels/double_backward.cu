@@ -290,6 +290,8 @@ template <bool OF_X> struct Second {
     if constexpr (ENTRIES <= 2) return full(u, c);
     else return {u, c};
   }
+  static constexpr bool FEW_REGISTERS = false;
+  __device__ __forceinline__ bool all_slow() const { return false; }
   __device__ __forceinline__ bool slow(const Entry&) const { return false; }
   __device__ __forceinline__ int exact_group(int u) const { return u; }
   template <int K> __device__ __forceinline__ double exact(int, int, const Values<K>&, int) const { return 0; }

@@ -50,7 +50,7 @@ extern "C" __global__ void FORWARD_BOUNDS
     const double r = m.rstd(eps);
     const int n = u / box.groups;
     const long long at = (box.n0 + n) * (C / D) + box.g0 + (u - n * box.groups);
-    tables.set(u, {m.mean, m.low, r, m.unit});
+    tables.finish(u, m, r);
     mean[at] = m.mean / m.unit;
     rstd[at] = r * m.unit;
   }

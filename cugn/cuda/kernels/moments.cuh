@@ -392,7 +392,7 @@ struct Tables {
   // Whether a group is in the range of the arithmetic of the elements, or goes to float64.
   __device__ __forceinline__ bool in_reals(int u) const { return REAL_IS_DOUBLE || group(2, u) == group(2, u); }
   __device__ __forceinline__ void to_exact(int u) const { group(2, u) = (real)bits_of<float>(0x7fc00000u); }
-  __device__ __forceinline__ void set(int u, const Statistic& s) const {
+  __device__ __forceinline__ void set(int u, const Statistic& s, bool mean = true) const {
     const Centre centre(s);
     group(0, u) = centre.high;
     group(1, u) = centre.low;
@@ -400,9 +400,13 @@ struct Tables {
     if (REAL_IS_DOUBLE) {
       group(3, u) = centre.unit;
     } else {
-      exact[u] = s.mean;
+      if (mean) exact[u] = s.mean;
       exact[units + u] = s.rstd;
     }
+  }
+  // After held(): the mean stands there.
+  __device__ __forceinline__ void finish(int u, const Moments& m, double rstd) const {
+    set(u, {m.mean, m.low, rstd, m.unit}, false);
   }
   // Moments in the places of a group, of which the mean of the squares is kept, as if of one element.
   __device__ __forceinline__ void hold(int u, const Moments& m) const {
@@ -504,6 +508,8 @@ template <class From> struct Normalization {
   __device__ __forceinline__ Affine entry(const Centre& centre, const Scale& scale) const {
     return {centre.high, centre.low, centre.unit, scale.safe * centre.rstd, scale.bias};
   }
+  static constexpr bool FEW_REGISTERS = true;  // of an entry
+  __device__ __forceinline__ bool all_slow() const { return false; }
   __device__ __forceinline__ bool slow(const Affine& entry) const { return !REAL_IS_DOUBLE && entry.scale != entry.scale; }
   __device__ __forceinline__ Statistic exact_group(int u) const { return tables.statistic(u); }
 

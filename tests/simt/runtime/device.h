@@ -212,13 +212,13 @@ namespace simt {
 SIMT_INLINE double double_of_float(float f) {
   const unsigned bits = bit_cast<unsigned>(f), magnitude = bits & 0x7fffffffu;
   if (magnitude >= 0x00800000u) return f;
-  const double tiny = static_cast<int>(magnitude) * 0x1p-149;
+  const double tiny = static_cast<int>(magnitude) * 1.401298464324817e-45;
   return bits >> 31 ? -tiny : tiny;
 }
 SIMT_INLINE float float_of_double(double d) {
   const double magnitude = __builtin_fabs(d);
-  if (!(magnitude < 0x1p-126)) return static_cast<float>(d);
-  const unsigned long long sum = bit_cast<unsigned long long>(magnitude + 0x1p-97);
+  if (!(magnitude < 1.1754943508222875e-38)) return static_cast<float>(d);
+  const unsigned long long sum = bit_cast<unsigned long long>(magnitude + 6.310887241768095e-30);
   return bit_cast<float>(static_cast<unsigned>(sum & 0xffffff) | (__builtin_signbit(d) ? 0x80000000u : 0u));
 }
 
