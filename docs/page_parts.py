@@ -191,6 +191,8 @@ def gpu_times_part() -> str:
             "",
             timing.table(measured),
             "",
+            measured.get("notes", ""),
+            "",
         ]
     )
 

@@ -94,7 +94,7 @@ def measure(case: Case, dtype: str, before: Callable[[], Any]) -> dict[str, floa
 
 
 def torch_times(case: Case, x: Any, dy: Any, w: Any, b: Any, before: Callable[[], Any]) -> dict[str, float | None]:
-    """The same of torch's group_norm and autograd, on the same stream and memory; None where it is not installed."""
+    """The same of torch's group_norm and autograd, on the same memory and stream; None where it is not installed."""
     try:
         import torch
     except ImportError:
@@ -103,15 +103,16 @@ def torch_times(case: Case, x: Any, dy: Any, w: Any, b: Any, before: Callable[[]
         return {"torch forward": None, "torch backward": None}
     import cupy
 
-    with torch.cuda.stream(torch.cuda.ExternalStream(cupy.cuda.get_current_stream().ptr)):
-        t, g, tw, tb = (torch.from_dlpack(a) for a in (x, dy, w, b))
-        if case.last:
-            t, g = t.movedim(-1, 1), g.movedim(-1, 1)
-        group_norm = torch.nn.functional.group_norm
-        forward = milliseconds(lambda: group_norm(t, case.groups, tw, tb), before)
-        leaves = [a.detach().requires_grad_() for a in (t, tw, tb)]
-        y = group_norm(leaves[0], case.groups, *leaves[1:])
-        backward = milliseconds(lambda: torch.autograd.grad(y, leaves, g, retain_graph=True), before)
+    if torch.cuda.current_stream().cuda_stream != cupy.cuda.get_current_stream().ptr:
+        raise RuntimeError("torch and CuPy are on different streams: events of one do not time the other")
+    t, g, tw, tb = (torch.from_dlpack(a) for a in (x, dy, w, b))
+    if case.last:
+        t, g = t.movedim(-1, 1), g.movedim(-1, 1)
+    group_norm = torch.nn.functional.group_norm
+    forward = milliseconds(lambda: group_norm(t, case.groups, tw, tb), before)
+    leaves = [a.detach().requires_grad_() for a in (t, tw, tb)]
+    y = group_norm(leaves[0], case.groups, *leaves[1:])
+    backward = milliseconds(lambda: torch.autograd.grad(y, leaves, g, retain_graph=True), before)
     return {"torch forward": forward, "torch backward": backward}
 
 
