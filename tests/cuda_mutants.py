@@ -251,6 +251,10 @@ CHECKS: dict[str, Callable[[], Any]] = {
     # four samples a block; 41 is a divisor whose float32 inverse is too small
     "first": lambda: call((9, 24, 41), 3),
     "last": lambda: call((2, 24, 37), 8, last=True),
+    "aligned": lambda: (call((3, 6, 132), 3), call((2, 2, 1028), 2)),
+    "last aligned": lambda: call((2, 32, 37), 8, last=True),
+    "tables": lambda: (call((40, 24, 1), 4), call((40, 36, 1), 6)),
+    "out of range, aligned": lambda: call((2, 4, 64), 2, std=1e25, mean=0.0, wide=False),
     "tiny groups": lambda: call((130, 4, 1), 2),
     "short rows": lambda: call((5, 24, 7), 3, last=True, wide=False),
     # a group of 110 channels a block: rows apart, each with a head of its own
@@ -384,7 +388,14 @@ mutant(
 mutant(
     "the distance from 16 bytes is lost", "box.cuh", "elements_past_16_bytes", "% (16 / sizeof(T))", "% 1", "misaligned"
 )
-mutant("a flat box forgets its head", "box.cuh", "struct Shared", "flat ? head + s", "flat ? s", "misaligned")
+mutant(
+    "the places in shared memory forget their sample",
+    "box.cuh",
+    "struct Shared",
+    "(n * nr + r) * row_step",
+    "r * row_step",
+    "backward, many samples",
+)
 mutant(
     "samples at offsets of 32 bits",
     "box.cuh",
@@ -409,13 +420,20 @@ mutant(
     "where[(int)((box.n0 + n) * sn)",
     "far apart",
 )
-mutant("rows forget how their heads change", "box.cuh", "struct Shared", " + r * step_r)", ")", "rows apart")
+mutant(
+    "rows that lie apart are taken for aligned",
+    "box.cuh",
+    "void fill(const Global",
+    "(int)(from.sn | from.so) & (V - 1)",
+    "0",
+    "rows apart",
+)
 mutant(
     "vectors are loaded several times",
     "box.cuh",
     "void fill(const Global",
-    "first += UNROLL * blockDim.x",
-    "first += blockDim.x",
+    "v += blockDim.x) copy",
+    "v += blockDim.x / 2) copy",
     "first",
 )
 mutant(
@@ -435,15 +453,20 @@ mutant(
     "misaligned",
 )
 mutant(
-    "one element past the end is loaded", "box.cuh", "the ends of each stretch", "e < end)", "e <= end)", "misaligned"
+    "one element past the end is loaded",
+    "box.cuh",
+    "void fill(const Global",
+    "k < min(e + V, length)",
+    "k <= min(e + V, length)",
+    "misaligned",
 )
-mutant("the ends are not loaded", "box.cuh", "void fill(const Global", "if (aligned) return;", "return;", "misaligned")
+mutant("the ends are not loaded", "box.cuh", "void fill(const Global", "if (rest) {", "if (false) {", "first")
 mutant(
     "x is loaded element by element",
     "box.cuh",
     "void fill(const Global",
-    "from.row(n, r) + e, true)",
-    "from.row(n, r) + e, false)",
+    "if ((head | step) == 0) {",
+    "if (false) {",
     "first",
 )
 mutant("the mask of channel zero", "box.cuh", "struct Mask", "(box.c0 + c) * sc", "c * sc", "masked last")
@@ -458,7 +481,7 @@ mutant(
 mutant(
     "no barrier before the scratch is written",
     "box.cuh",
-    "Pair team_sum(",
+    "void team_sums(",
     "__syncthreads();  // the scratch",
     "// the scratch",
     "first",
@@ -466,22 +489,29 @@ mutant(
 mutant(
     "no barrier before the scratch is read",
     "box.cuh",
-    "scratch[MOST_WARPS + warp] = v.b;",
+    "scratch[k * MOST_WARPS + warp] = v[k];",
     "__syncthreads();",
     "",
     "split",
 )
 mutant("every lane writes the scratch", "box.cuh", "Pair team_sum(", "if ((threadIdx.x & 31) == 0)", "", "split")
-mutant("the last step of a warp's sum is missing", "box.cuh", "Pair sum_of_lanes(", "offset > 0", "offset > 1", "first")
+mutant("the last step of a warp's sum is missing", "box.cuh", "void sum_of_lanes(", "offset > 0", "offset > 1", "first")
 mutant("a sum over the whole warp", "box.cuh", "Pair team_sum(", "min(team, 32)", "32", "tiny groups")
-mutant("the last warp is not added", "box.cuh", "Pair team_sum(", "other]}, warps)", "other]}, warps / 2)", "split")
+mutant(
+    "the last warp is not added",
+    "box.cuh",
+    "void team_sums(",
+    "sum_of_lanes(v, warps)",
+    "sum_of_lanes(v, warps / 2)",
+    "split",
+)
 mutant(
     "the second sum is the first",
     "box.cuh",
-    "Pair team_sum(",
-    "scratch[MOST_WARPS + warp] = v.b",
-    "scratch[MOST_WARPS + warp] = v.a",
-    "split",
+    "void team_sums(",
+    "v[k] = scratch[k * MOST_WARPS + other]",
+    "v[k] = scratch[other]",
+    "backward split",
 )
 mutant(
     "a team asks its own warp only",
@@ -491,8 +521,8 @@ mutant(
     "__any_sync(0xffffffffu, v) != 0",
     "slow beside fast",
 )
-mutant("chunks of a team overlap", "box.cuh", "void deal(", "++u, j += team", "++u, j += team - 1", "first")
-mutant("chunks are an element apart", "box.cuh", "void deal(", "(j - r * per_row) * V", "j - r * per_row", "last")
+mutant("chunks of a team overlap", "box.cuh", "void deal(", "j += STEPS * team", "j += STEPS * team - 1", "first")
+mutant("chunks are an element apart", "box.cuh", "void deal(", "at.place * V", "at.place", "last")
 mutant("a short run is not added up", "box.cuh", "void deal(", "flush();", "if (j < count) flush();", "float16")
 mutant(
     "vectors where rows are no multiple of them", "box.cuh", "void walk(int rows", "run % VX == 0", "run >= VX", "first"
@@ -500,7 +530,7 @@ mutant(
 mutant(
     "a vector has one channel",
     "box.cuh",
-    "void apply(const Op",
+    "void apply_anywhere(",
     "ENTRIES == 2 && k >= here",
     "ENTRIES == 2 && k > VY",
     "first",
@@ -508,19 +538,19 @@ mutant(
 mutant(
     "channels in turn meet twice", "box.cuh", "int in_turn(", "2 * (i - half) + 1", "2 * (i - half)", "backward float16"
 )
-mutant("y is written past the box", "box.cuh", "void apply(const Op", "min(e + VY, length)", "e + VY", "misaligned")
+mutant("y is written past the box", "box.cuh", "void apply_anywhere(", "min(e + VY, length)", "e + VY", "misaligned")
 mutant(
     "y is written element by element",
     "box.cuh",
-    "void apply(const Op",
-    "if (first == e && last == e + VY)",
-    "if (false)",
+    "void apply_anywhere(",
+    "bool plain = first == e && last == e + VY",
+    "bool plain = false",
     "first",
 )
 mutant(
     "channels of the vector before",
     "box.cuh",
-    "void apply(const Op",
+    "void apply_anywhere(",
     "position < 0 || position != known",
     "known < 0",
     "first",
@@ -528,7 +558,7 @@ mutant(
 mutant(
     "a vector keeps entries of the next sample",
     "box.cuh",
-    "void apply(const Op",
+    "void apply_anywhere(",
     ": one_sample ?",
     ": true ?",
     "ends of samples",
@@ -536,7 +566,7 @@ mutant(
 mutant(
     "half of y is not written",
     "box.cuh",
-    "void apply(const Op",
+    "void apply_anywhere(",
     "v < count; v += stride",
     "v < count / 2; v += stride",
     "first",
@@ -560,14 +590,7 @@ mutant(
     "total.b",
     "far from zero",
 )
-mutant(
-    "masked elements enter the mean",
-    "moments.cuh",
-    "Moments moments_of",
-    "sum += (double)(used ? v[j] : (real)0)",
-    "sum += (double)v[j]",
-    "masked",
-)
+mutant("masked elements enter the mean", "moments.cuh", "Moments moments_of", "if (!used) v[j] = 0;", "", "masked")
 mutant(
     "masked elements enter the variance",
     "moments.cuh",
@@ -809,42 +832,42 @@ mutant(
     "no barrier after the sums",
     "backward.cu",
     "    backward(BOX_PARAMETERS",
-    "work.sums);\n  __syncthreads();",
-    "work.sums);",
+    "(channel_team, shared);\n    __syncthreads();",
+    "(channel_team, shared);",
     "backward",
 )
 mutant(
     "no barrier before dx", "backward.cu", "set_coefficients(coefficients_of(sum", "__syncthreads();", "", "backward"
 )
 mutant(
-    "sums of the last sample only",
+    "sums of the last box only",
     "backward.cu",
     "    backward(BOX_PARAMETERS",
-    "if (i) total[k] = work.totals.at(c + k);",
-    "",
+    "box.nc, i > 0,",
+    "box.nc, false,",
     "backward, many samples",
 )
 mutant(
-    "centres change while they are read",
+    "coefficients before all sums are there",
     "backward.cu",
-    "    backward(BOX_PARAMETERS",
-    "__syncthreads();  // the centres",
-    "// the centres",
-    "backward, one element a channel",
+    "tables.held_sum(1, u) = sum.b;",
+    "__syncthreads();",
+    "",
+    "backward",
 )
 mutant(
-    "a centre changes before its team has read it",
+    "statistics before all moments are there",
     "backward.cu",
-    "    backward(BOX_PARAMETERS",
-    "__syncwarp();",
+    "if (MASKED) work.counts[u] = m.count;",
+    "__syncthreads();",
     "",
-    "backward, one element a channel",
+    "backward",
 )
 mutant(
     "vectors across groups",
     "backward.cu",
     "    backward(BOX_PARAMETERS",
-    "if (box.group_channels % VX == 0)",
+    "if (box.group_channels % COLUMNS == 0)",
     "if (true)",
     "backward, one element a channel",
 )
@@ -892,9 +915,9 @@ mutant(
     "statistics that were given are ignored",
     "backward.cu",
     "    backward(BOX_PARAMETERS",
-    "have_rstd ? rstd_given[(box.n0 + n) * G + box.g0 + k] / m.unit : m.rstd(eps)",
-    "rstd_given[0]",
-    "backward",
+    "rstd_given[(box.n0 + n) * G + box.g0 + (u - n * box.groups)] / m.unit",
+    "m.rstd(eps)",
+    "backward, statistics given",
 )
 mutant(
     "masked elements feel the statistics",
@@ -907,8 +930,8 @@ mutant(
 mutant(
     "no slope in the sums",
     "backward.cu",
-    "void sum_channels",
-    "vs[k] * slope(fma(x_hat, scale.weight, scale.bias))",
+    "struct SumChannels",
+    "vs[k] * slope(fma(x_hat, scale(k).weight, scale(k).bias))",
     "vs[k]",
     "backward silu",
 )
@@ -951,8 +974,8 @@ mutant(
     "no barrier before the parts' sums",
     "backward.cu",
     "    backward_sums(BOX_PARAMETERS",
-    "work.sums);\n  __syncthreads();",
-    "work.sums);",
+    "(channel_team, shared);\n  __syncthreads();",
+    "(channel_team, shared);",
     "backward split",
 )
 mutant(
@@ -1148,8 +1171,8 @@ mutant(
     "subnormals are flushed",
     "types.cuh",
     "double widen(float f)",
-    "if (magnitude >= 0x00800000u)",
-    "if (true)",
+    'asm("cvt.f64.f32 %0, %1;" : "=d"(d) : "f"(f));',
+    "d = (double)f;",
     "subnormals",
 )
 mutant(
@@ -1161,6 +1184,224 @@ mutant(
     "first",
 )
 mutant("the sigmoid overflows", "activation.cuh", "struct Sigmoid", "exponential(-fabs(t))", "exponential(-t)", "silu")
+
+# ---------------------------------------------------------------- copies, steps, columns, lines, what is held
+
+mutant(
+    "nobody waits for the copies",
+    "types.cuh",
+    "void copies_arrived()",
+    'asm volatile("cp.async.wait_all;" : : : "memory");',
+    "",
+    "first",
+)
+mutant(
+    "forward does not wait for its copies", "forward.cu", "    forward(BOX_PARAMETERS", "copies_arrived();", "", "last"
+)
+mutant(
+    "moments does not wait for its copies", "forward.cu", "    moments(BOX_PARAMETERS", "copies_arrived();", "", "split"
+)
+mutant(
+    "backward does not wait for its copies",
+    "backward.cu",
+    "    backward(BOX_PARAMETERS",
+    "copies_arrived();",
+    "",
+    "backward last",
+)
+mutant(
+    "no barrier after the copies",
+    "forward.cu",
+    "    forward(BOX_PARAMETERS",
+    "copies_arrived();\n  __syncthreads();",
+    "copies_arrived();",
+    "first",
+)
+mutant(
+    "the last vector of a stretch is not loaded",
+    "box.cuh",
+    "void fill(const Global",
+    "v < vectors; v += blockDim.x",
+    "v < vectors - 1; v += blockDim.x",
+    "first",
+)
+mutant(
+    "rows are copied over each other",
+    "box.cuh",
+    "void fill(const Global",
+    "data + at.row * row_step + at.place * V, from",
+    "data + at.place * V, from",
+    "masked last",
+)
+mutant(
+    "an element of the rest is left out",
+    "box.cuh",
+    "void fill(const Global",
+    "i < segments * rest",
+    "i < segments * rest - 1",
+    "first",
+)
+mutant(
+    "shifted vectors lie an element off",
+    "box.cuh",
+    "void fill(const Global",
+    "store_anywhere(to + e,",
+    "store_anywhere(to + e + 1,",
+    "misaligned",
+)
+mutant(
+    "a shifted word is another one",
+    "box.cuh",
+    "void store_anywhere(",
+    "j == 2 ? words[2]",
+    "j == 2 ? words[1]",
+    "misaligned",
+)
+mutant(
+    "odd places lose their first element", "box.cuh", "void store_anywhere(", "p[0] = pack.element[0];", "", "float16"
+)
+mutant(
+    "a step passes the end of its row", "box.cuh", "void next()", "place >= per_row", "place > per_row", "masked last"
+)
+mutant("a step forgets its rows", "box.cuh", "void next()", "row += rows;", "", "masked last")
+mutant(
+    "a short run takes elements of others",
+    "box.cuh",
+    "void deal(",
+    "if (u == 0 || j + u * team < per_row)",
+    "",
+    "float16",
+)
+mutant("the next one begins without its row", "box.cuh", "void next()", "++row;", "", "last")
+mutant(
+    "columns are summed up by halves",
+    "box.cuh",
+    "void sum_columns(",
+    "step = sharing * slots_of_warp",
+    "step = 2 * sharing * slots_of_warp",
+    "backward last",
+)
+mutant(
+    "no barrier between those who share columns",
+    "box.cuh",
+    "void sum_columns(",
+    "if (other) __syncthreads();",
+    "",
+    "backward last",
+)
+mutant(
+    "sums of columns lose those before",
+    "box.cuh",
+    "void sum_columns(",
+    "other || more ? at(",
+    "more ? at(",
+    "backward last",
+)
+mutant(
+    "lanes of a column are not added",
+    "box.cuh",
+    "void sum_columns(",
+    "offset >= lanes; offset >>= 1",
+    "offset > lanes; offset >>= 1",
+    "backward last",
+)
+mutant(
+    "a line forgets where it starts",
+    "box.cuh",
+    "bool apply_in_lines(",
+    "slot * lanes + units.lane",
+    "units.lane",
+    "aligned",
+)
+mutant(
+    "teams skip units",
+    "box.cuh",
+    "bool apply_in_lines(",
+    "unit += units.teams) {\n      const int run",
+    "unit += 2 * units.teams) {\n      const int run",
+    "aligned",
+)
+mutant(
+    "columns of rows are skipped",
+    "box.cuh",
+    "bool apply_in_lines(",
+    "line<SLOW>(op, entry, slot, box.nr, units.slots",
+    "line<SLOW>(op, entry, slot, box.nr, 2 * units.slots",
+    "last aligned",
+)
+mutant(
+    "what goes to float64 is left out",
+    "box.cuh",
+    "void apply(const Op& op",
+    "if (op.all_slow() || apply_in_lines<false>(op, out, box))",
+    "apply_in_lines<false>(op, out, box); if (false)",
+    "slow beside fast",
+)
+mutant(
+    "all channels of a vector are in one group",
+    "box.cuh",
+    "bool apply_in_lines(",
+    "one_group = one_group && op.unit(0, next.c) == op.unit(0, c)",
+    "one_group = true",
+    "tables",
+)
+mutant("the channels of the first vector", "box.cuh", "void look_up(", "place.step(box);", "", "last aligned")
+mutant(
+    "a slow element is taken for a fast one",
+    "box.cuh",
+    "bool line(",
+    "plain = plain && !op.slow(entry[k])",
+    "plain = plain",
+    "out of range, aligned",
+)
+mutant(
+    "the second element of a slow vector is the first",
+    "box.cuh",
+    "void apply_slowly(",
+    "place.step(box);",
+    "",
+    "slow beside fast",
+)
+mutant(
+    "the mean is held as the variance",
+    "moments.cuh",
+    "void hold(int u",
+    "exact[units + u] = m.m2 / m.count;",
+    "exact[units + u] = m.mean;",
+    "first",
+)
+mutant(
+    "the second part of the mean is not held",
+    "moments.cuh",
+    "void hold(int u",
+    "group(1, u) = (real)m.low;",
+    "group(1, u) = 0;",
+    "float64, far from zero",
+)
+mutant(
+    "held sums are exchanged",
+    "moments.cuh",
+    "double& held_sum(",
+    "(2 + which) * units",
+    "(3 - which) * units",
+    "backward",
+)
+mutant(
+    "rstd is never in need of squares",
+    "backward.cu",
+    "    backward(BOX_PARAMETERS",
+    "given > 0x1p-48 && given < 0x1p+48",
+    "true",
+    "backward",
+)
+mutant(
+    "partial sums are read from the row before",
+    "backward.cu",
+    "void add_rows(",
+    "partial[2 * ((long long)r * C + c)];",
+    "partial[2 * ((long long)max(r - 1, 0) * C + c)];",
+    "backward",
+)
 
 
 # ---------------------------------------------------------------- running them
