@@ -530,20 +530,43 @@ __device__ __forceinline__ void look_up(const Op& op, Place place, int here, con
   }
 }
 
-// Elements first, ..., last - 1 of a row one by one, of which some may go to float64; `place`: that of the first. Where it is
-// the exception: a loop of a few registers, which others need to have more blocks on a multiprocessor.
+// A vector that is filled element by element in a loop: the new one comes in at the top, the others move down, so that no
+// register is chosen at run time.
+__device__ __forceinline__ void push(uint4& vector, y_t element) {
+  if constexpr (sizeof(y_t) == 8) {
+    const unsigned long long bits = bits_of<unsigned long long>(element);
+    vector = make_uint4(vector.z, vector.w, (unsigned)bits, (unsigned)(bits >> 32));
+  } else if constexpr (sizeof(y_t) == 4) {
+    vector = make_uint4(vector.y, vector.z, vector.w, bits_of<unsigned>(element));
+  } else {
+    vector = make_uint4(vector.x >> 16 | vector.y << 16, vector.y >> 16 | vector.z << 16, vector.z >> 16 | vector.w << 16,
+                        vector.w >> 16 | (unsigned)element << 16);
+  }
+}
+
+// Elements first, ..., last - 1 of a row one by one, of which some may go to float64; `place`: that of the first; `whole`: they
+// are a vector. Where it is the exception: a loop of a few registers, which others need to have more blocks on a
+// multiprocessor.
 template <class Op>
-__device__ __forceinline__ void apply_slowly(const Op& op, Place place, int first, int last, const Box& box,
+__device__ __forceinline__ void apply_slowly(const Op& op, Place place, int first, int last, bool whole, const Box& box,
                                              const typename Op::Input& from, y_t* to) {
+  uint4 vector = {};
 #pragma unroll 1
   for (int k = first; k < last; ++k) {
     const int unit = op.unit(place.n, place.c);
     const typename Op::Entry one = op.entry(op.group(unit), op.scale(place.c));
     typename Op::template Values<1> values;
     op.load(values, from, k, place.n, place.r, place.c * box.ncol + place.i, true);
-    to[k] = op.slow(one) ? from_double<Y_DTYPE>(op.exact(op.exact_group(unit), place.c, values, 0))
-                         : from_real<Y_DTYPE>(op.fast(one, values, 0));
+    const y_t element = op.slow(one) ? from_double<Y_DTYPE>(op.exact(op.exact_group(unit), place.c, values, 0))
+                                     : from_real<Y_DTYPE>(op.fast(one, values, 0));
+    if (whole) push(vector, element);
+    else to[k] = element;
     place.step(box);
+  }
+  if (whole) {
+    Pack<y_t, VY> pack;
+    pack.word = vector;
+    store_pack<y_t, VY>(to + first, pack, true);
   }
 }
 
@@ -593,7 +616,7 @@ __device__ __forceinline__ void store_slowly(const Op& op, const Place& at, int 
     mixed_vector(op, at, box, values, pack);
     store_pack<y_t, VY>(to, pack, true);
   } else {
-    apply_slowly(op, at, q, q + VY, box, from, to - q);
+    apply_slowly(op, at, q, q + VY, true, box, from, to - q);
   }
 }
 
@@ -781,7 +804,7 @@ template <class Op> __device__ __forceinline__ void apply_anywhere(const Op& op,
       if (plain) store_pack<y_t, VY>(to + e, pack, true);
     }
     if (!plain) {
-      apply_slowly(op, place, first, last, box, from, to);
+      apply_slowly(op, place, first, last, first == e && last == e + VY, box, from, to);
     }
   }
 }
