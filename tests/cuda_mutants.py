@@ -83,6 +83,7 @@ def call(
     std: float = 2.0,
     last: bool = False,
     shift: int = 0,
+    shift_out: bool = True,
     eps: float = 1e-5,
     masked: bool = False,
     activation: str | None = None,
@@ -93,20 +94,23 @@ def call(
     wide: bool = True,
     passes: int = 0,
 ) -> list[simt.Launch]:
-    """One call against the oracle, y or gradients, and its traffic; `shift` elements off an aligned address."""
+    """One call against the oracle, y or gradients, and its traffic; `shift` elements off an aligned address.
+
+    Without `shift_out` the result lies at one.
+    """
     key = tuple(groups) if np.ndim(groups) else groups
     forward, gradients, where = expected(shape, dtype, mean, std, key, eps, masked, activation)
     x, dy, weight, bias = inputs(shape, dtype, mean, std)
     turn = (lambda a: np.ascontiguousarray(np.moveaxis(a, 1, -1))) if last else (lambda a: a)
     back = (lambda a: np.moveaxis(a, -1, 1)) if last else (lambda a: a)
 
-    def on_device(a: np.ndarray) -> Any:
+    def on_device(a: np.ndarray, shift: int = shift) -> Any:
         a = turn(a)
         return host_cupy.to_device(np.concatenate([np.zeros(shift, a.dtype), a.ravel()]))[shift:].reshape(a.shape)
 
     options: dict[str, Any] = {"eps": eps, "activation": activation, "channel_axis": -1 if last else 1}
     with emulated(*([SMALL_DEVICE] if small else []), seed=seed), simt.recorded() as launches:
-        X, DY, out = on_device(x), on_device(dy), on_device(np.zeros_like(x))
+        X, DY, out = on_device(x), on_device(dy), on_device(np.zeros_like(x), shift if shift_out else 0)
         W, B = host_cupy.to_device(weight), host_cupy.to_device(bias)
         if masked:
             options["where"] = host_cupy.to_device(turn(where))
@@ -165,19 +169,36 @@ def one_element() -> None:
         )
 
 
+def subnormal_weights() -> None:
+    """Weights that float32 has as subnormals only, and y like them."""
+    x, _, weight, _ = inputs((2, 4, 90), "float32", 3.0, 2.0)
+    weight = weight * np.float32(1e-40)
+    with emulated(seed=3):
+        y = host_cupy.to_host(cugn.group_norm(host_cupy.to_device(x), 2, host_cupy.to_device(weight)))
+    wanted = oracle.forward(x, 2, weight).y.astype(np.float64)
+    # a few of the steps between subnormals
+    np.testing.assert_allclose(y, wanted, rtol=1e-6, atol=4 * 2.0**-149)
+
+
 def same_bits() -> None:
-    """A sample's bits do not depend on the batch around it."""
-    x, dy, weight, bias = inputs((9, 8, 33), "float32", 3.0, 2.0)
-    with emulated(mode="fast", seed=4):
-        W, B = (host_cupy.to_device(v) for v in (weight, bias))
+    """A sample's bits do not depend on the batch around it, in a full box or in the last one."""
+    for shape, groups, last in (((9, 8, 33), 4, False), ((9, 24, 37), 8, True)):
+        x, dy, weight, bias = inputs(shape, "float32", 3.0, 2.0)
+        options = {"groups": groups, "channel_axis": -1 if last else 1}
+        if last:
+            x, dy = (np.moveaxis(v, 1, -1) for v in (x, dy))
+        with emulated(mode="fast", seed=4):
+            W, B = (host_cupy.to_device(v) for v in (weight, bias))
 
-        def bits(part: slice) -> tuple[bytes, bytes]:
-            X, DY = (host_cupy.to_device(np.ascontiguousarray(v[part])) for v in (x, dy))
-            y, dx = cugn.group_norm(X, 4, W, B), cugn.group_norm_backward(DY, X, 4, W, B).dx
-            return host_cupy.to_host(y).tobytes(), host_cupy.to_host(dx).tobytes()
-
-        for of_all, of_one in zip(bits(slice(None)), bits(slice(8, 9)), strict=True):
-            assert of_all[-len(of_one) :] == of_one
+            found = []
+            for part in (slice(None), slice(0, 1), slice(8, 9)):
+                X, DY = (host_cupy.to_device(np.ascontiguousarray(v[part])) for v in (x, dy))
+                y = cugn.group_norm(X, weight=W, bias=B, **options)
+                dx = cugn.group_norm_backward(DY, X, weight=W, bias=B, **options).dx
+                found.append([host_cupy.to_host(v) for v in (y, dx)])
+        for of_all, of_first, of_last in zip(*found, strict=True):
+            assert of_all[:1].tobytes() == of_first.tobytes()
+            assert of_all[8:].tobytes() == of_last.tobytes()
 
 
 def far_apart() -> None:
@@ -253,12 +274,22 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "last": lambda: call((2, 24, 37), 8, last=True),
     "aligned": lambda: (call((3, 6, 132), 3), call((2, 2, 1028), 2)),
     "last aligned": lambda: call((2, 32, 37), 8, last=True),
-    "tables": lambda: (call((40, 24, 1), 4), call((40, 36, 1), 6)),
+    # of 7 vectors in a row 8 threads take one each
+    "tables": lambda: (call((40, 24, 1), 4), call((40, 36, 1), 6), call((40, 28, 1), 4)),
     "out of range, aligned": lambda: call((2, 4, 64), 2, std=1e25, mean=0.0),
+    "out of range, tables": lambda: call((9, 24, 1), 4, std=1e25, mean=0.0),
+    "out of range, bfloat16": lambda: call((2, 4, 64), 2, dtype="bfloat16", std=1e25, mean=0.0),
+    "out of range, split": lambda: call((1, 2, 9001), 1, std=1e25, mean=0.0, small=True, wide=False),
+    "x off the vectors of y": lambda: (
+        call((1, 2, 9004), 1, shift=1, shift_out=False, small=True, wide=False),
+        call((1, 2, 9001), 1, shift=1, shift_out=False, small=True, wide=False),
+    ),
     "tiny groups": lambda: call((130, 4, 1), 2),
     "short rows": lambda: call((5, 24, 7), 3, last=True, wide=False),
     # a group of 110 channels a block: rows apart, each with a head of its own
     "rows apart": lambda: call((2, 330, 37), 3, last=True),
+    # every other row of the array begins at a vector, of 330 elements
+    "rows with ends": lambda: call((1, 660, 20), 2, last=True),
     # a thread meets the same channels at the end of the first sample, half of whose vector is the second's
     "ends of samples": lambda: call((2, 2, 1023), 2, last=True),
     "misaligned": lambda: (call((2, 6, 57), 1, shift=1), call((2, 6, 57), 3, shift=3, last=True, wide=False)),
@@ -300,6 +331,11 @@ CHECKS: dict[str, Callable[[], Any]] = {
         call((9, 60, 1), 12, dtype="float16", backward=True),
         call((9, 64, 1), 4, dtype="float16", backward=True),
     ),
+    "backward, few elements across groups": lambda: call((9, 24, 1), 4, backward=True),
+    "backward, out of range": lambda: call((2, 4, 64), 2, std=1e25, mean=0.0, backward=True),
+    "backward last, few elements": lambda: call((9, 24, 3), 12, backward=True, last=True),
+    "backward last silu": lambda: call((2, 24, 37), 8, backward=True, last=True, activation="silu"),
+    "backward float16 last": lambda: call((2, 6, 35), 3, dtype="float16", backward=True, last=True, wide=False),
     "few elements, far from zero": lambda: call((9, 24, 1), 4, mean=1e6, std=1.0),
     "backward, many samples": lambda: call((9, 2050, 1), 2, backward=True),
     "backward split": lambda: (
@@ -332,6 +368,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "double backward, one element": lambda: double((3, 16, 1), 16),
     "one element": one_element,
     "subnormals": lambda: call((2, 4, 90), 2, mean=0.0, std=3e-44, eps=0.0),
+    "subnormal weights": subnormal_weights,
     "same bits": same_bits,
     "far apart": far_apart,
 }
@@ -465,9 +502,9 @@ mutant(
     "x is loaded element by element",
     "box.cuh",
     "void fill(const Global",
-    "if ((head | step) == 0) {",
+    "if (e >= 0 && e + V <= length) {",
     "if (false) {",
-    "first",
+    "misaligned",
 )
 mutant("the mask of channel zero", "box.cuh", "struct Mask", "(box.c0 + c) * sc", "c * sc", "masked last")
 mutant(
@@ -494,9 +531,9 @@ mutant(
     "",
     "split",
 )
-mutant("every lane writes the scratch", "box.cuh", "Pair team_sum(", "if ((threadIdx.x & 31) == 0)", "", "split")
+mutant("every lane writes the scratch", "box.cuh", "void team_sums(", "if ((threadIdx.x & 31) == 0)", "", "split")
 mutant("the last step of a warp's sum is missing", "box.cuh", "void sum_of_lanes(", "offset > 0", "offset > 1", "first")
-mutant("a sum over the whole warp", "box.cuh", "Pair team_sum(", "min(team, 32)", "32", "tiny groups")
+mutant("a sum over the whole warp", "box.cuh", "void team_sums(", "min(team, 32)", "32", "tiny groups")
 mutant(
     "the last warp is not added",
     "box.cuh",
@@ -1217,14 +1254,6 @@ mutant(
     "backward last",
 )
 mutant(
-    "no barrier after the copies",
-    "forward.cu",
-    "    forward(BOX_PARAMETERS",
-    "copies_arrived();\n  __syncthreads();",
-    "copies_arrived();",
-    "first",
-)
-mutant(
     "the last vector of a stretch is not loaded",
     "box.cuh",
     "void fill(const Global",
@@ -1408,6 +1437,534 @@ mutant(
     "partial[2 * ((long long)r * C + c)];",
     "partial[2 * ((long long)max(r - 1, 0) * C + c)];",
     "backward",
+)
+mutant(
+    "backward_sums does not wait for its copies",
+    "backward.cu",
+    "    backward_sums(BOX_PARAMETERS",
+    "copies_arrived();",
+    "",
+    "backward split",
+)
+mutant(
+    "second_sums does not wait for its copies",
+    "double_backward.cu",
+    "    second_sums(BOX_PARAMETERS",
+    "copies_arrived();",
+    "",
+    "double backward",
+)
+mutant(
+    "second_apply does not wait for its copies",
+    "double_backward.cu",
+    "    second_apply(BOX_PARAMETERS",
+    "copies_arrived();",
+    "",
+    "double backward",
+)
+mutant(
+    "no barrier after the boxes of two arrays",
+    "backward.cu",
+    "    backward_sums(BOX_PARAMETERS",
+    "copies_arrived();\n  __syncthreads();",
+    "copies_arrived();",
+    "backward split",
+)
+mutant(
+    "no barrier before a thread takes a group",
+    "forward.cu",
+    "tables.hold(u, m);",
+    "__syncthreads();",
+    "",
+    "first",
+)
+mutant(
+    "the last row is not loaded",
+    "box.cuh",
+    "void fill(const Global",
+    "at.row < segments; at.next()) {\n          const",
+    "at.row < segments - 1; at.next()) {\n          const",
+    "last",
+)
+mutant(
+    "the last row off the vectors is not loaded",
+    "box.cuh",
+    "void fill(const Global",
+    "at.row < segments; at.next()) {\n      const",
+    "at.row < segments - 1; at.next()) {\n      const",
+    "rows apart",
+)
+mutant(
+    "rows are counted over all samples",
+    "box.cuh",
+    "void fill(const Global",
+    "at.row - n * rows_of_sample) + at.place * V",
+    "at.row) + at.place * V",
+    "last",
+)
+mutant(
+    "the ends of rows are copied over each other",
+    "box.cuh",
+    "void fill(const Global",
+    "data[s * row_step + e] =",
+    "data[e] =",
+    "rows with ends",
+)
+mutant(
+    "the ends are taken from the beginning",
+    "box.cuh",
+    "void fill(const Global",
+    "e = vectors * V + i - s * rest",
+    "e = i - s * rest",
+    "split",
+)
+mutant(
+    "a vector too few where heads are apart",
+    "box.cuh",
+    "void fill(const Global",
+    "(length + 2 * V - 2) / V;",
+    "(length + V - 1) / V;",
+    "misaligned",
+)
+mutant(
+    "a step into the next row begins at zero",
+    "box.cuh",
+    "void next()",
+    "place -= per_row;",
+    "place = 0;",
+    "last",
+)
+mutant(
+    "a step is longer than it is",
+    "box.cuh",
+    "struct Stepper",
+    "places = step - rows * per_row;",
+    "places = step;",
+    "last",
+)
+mutant(
+    "a step starts in the first row",
+    "box.cuh",
+    "struct Stepper",
+    "row = by_row.quotient(i);",
+    "row = 0;",
+    "last",
+)
+mutant(
+    "a row's chunks are an element apart",
+    "box.cuh",
+    "void deal(",
+    "(j + u * team) * V",
+    "(j + u * team)",
+    "aligned",
+)
+mutant(
+    "the last row is not added up",
+    "box.cuh",
+    "void deal(",
+    "while (at.row < rows)",
+    "while (at.row < rows - 1)",
+    "last",
+)
+mutant(
+    "a short run goes on behind the last row",
+    "box.cuh",
+    "void deal(",
+    "u < STEPS && (u == 0 || at.row < rows)",
+    "u < STEPS",
+    "last",
+)
+mutant(
+    "the last chunk is not added up",
+    "box.cuh",
+    "void deal(",
+    "j < per_row; j += STEPS",
+    "j < per_row - 1; j += STEPS",
+    "first",
+)
+mutant(
+    "half vectors where rows are no multiple of them",
+    "box.cuh",
+    "void walk(int rows",
+    "run % (VX / 2) == 0",
+    "run >= VX",
+    "backward",
+)
+mutant(
+    "sums of columns lose those of other boxes",
+    "box.cuh",
+    "void sum_columns(",
+    "other || more ?",
+    "other ?",
+    "backward, many samples",
+)
+mutant(
+    "lanes of a column are added by halves",
+    "box.cuh",
+    "void sum_columns(",
+    "offset = 16; offset >= lanes",
+    "offset = 8; offset >= lanes",
+    "backward last",
+)
+mutant(
+    "sharers begin in each other's rows",
+    "box.cuh",
+    "void sum_columns(",
+    "share * slots_of_warp + lane / lanes",
+    "share + lane / lanes",
+    "backward last",
+)
+mutant(
+    "columns that are not there",
+    "box.cuh",
+    "void sum_columns(",
+    "unit < units && v < vectors",
+    "unit < units",
+    "backward, many samples",
+)
+mutant(
+    "samples that are not there have columns",
+    "box.cuh",
+    "void sum_columns(",
+    "place < at_once && unit < units &&",
+    "place < at_once &&",
+    "backward last",
+)
+mutant(
+    "columns of the first line",
+    "box.cuh",
+    "void sum_columns(",
+    "(unit - n * lines) * lanes",
+    "(unit - unit) * lanes",
+    "backward last",
+)
+mutant(
+    "all sharers write at once",
+    "box.cuh",
+    "void sum_columns(",
+    "&& share == other)",
+    ")",
+    "backward last",
+)
+mutant(
+    "the batch decides who shares columns",
+    "box.cuh",
+    "void sum_columns(",
+    "warps / (most_samples * lines)",
+    "warps / (samples * lines)",
+    "same bits",
+)
+mutant(
+    "columns side by side are in one group",
+    "backward.cu",
+    "void by_columns()",
+    "group_of(n, c + k);",
+    "group_of(n, c);",
+    "backward last",
+)
+mutant(
+    "columns side by side have one weight",
+    "backward.cu",
+    "void by_columns()",
+    "tables.scale(c + k);",
+    "tables.scale(c);",
+    "backward last silu",
+)
+mutant(
+    "columns of few elements stay in float32",
+    "backward.cu",
+    "void by_columns()",
+    "plain && tables.in_reals(u) &&",
+    "plain &&",
+    "backward last, few elements",
+)
+mutant(
+    "columns in float64 are the first ones",
+    "backward.cu",
+    "void by_columns()",
+    "slowly(n, r, c + k,",
+    "slowly(n, r, c,",
+    "backward last, few elements",
+)
+mutant(
+    "channels out of range stay in float32",
+    "backward.cu",
+    "void by_teams(",
+    "tables.in_reals(u) && in_reals(scale)",
+    "in_reals(scale)",
+    "backward, out of range",
+)
+mutant(
+    "every second sample is skipped",
+    "box.cuh",
+    "bool apply_in_lines(",
+    "place.n += units.slots",
+    "place.n += 2 * units.slots",
+    "tables",
+)
+mutant(
+    "groups of the first sample",
+    "box.cuh",
+    "bool apply_in_lines(",
+    "group = op.group(op.unit(place.n, c));",
+    "group = op.group(op.unit(0, c));",
+    "tables",
+)
+mutant(
+    "a vector has one weight",
+    "box.cuh",
+    "bool apply_in_lines(",
+    "scale[k] = op.scale(next.c)",
+    "scale[k] = op.scale(c)",
+    "tables",
+)
+mutant(
+    "vectors behind the end of a row",
+    "box.cuh",
+    "bool apply_in_lines(",
+    "if (v >= vectors) continue;",
+    "",
+    "tables",
+)
+mutant(
+    "slow samples are left out",
+    "box.cuh",
+    "bool apply_in_lines(",
+    "left |= line<SLOW>(op, entry, 0, 1, 1",
+    "line<SLOW>(op, entry, 0, 1, 1",
+    "out of range, tables",
+)
+mutant(
+    "units of a run overlap",
+    "box.cuh",
+    "bool apply_in_lines(",
+    "vectors, units.slots * lanes, aligned",
+    "vectors, lanes, aligned",
+    "aligned",
+)
+mutant(
+    "a line ends too late",
+    "box.cuh",
+    "bool line(",
+    "if (v + u * step >= end) break;",
+    "",
+    "aligned",
+)
+mutant(
+    "a vector has one entry",
+    "box.cuh",
+    "bool line(",
+    "entry[ENTRIES == VY ? k : 0], values[u]",
+    "entry[0], values[u]",
+    "last aligned",
+)
+mutant(
+    "nothing is left to float64",
+    "box.cuh",
+    "bool line(",
+    "if (!plain) return true;",
+    "if (!plain) return false;",
+    "slow beside fast",
+)
+mutant(
+    "x is taken for as aligned as y",
+    "box.cuh",
+    "bool line(",
+    "plain = aligned && !op.all_slow()",
+    "plain = !op.all_slow()",
+    "x off the vectors of y",
+)
+mutant(
+    "x is taken for as aligned as y, anywhere",
+    "box.cuh",
+    "void apply_anywhere(",
+    "op.aligned_at(from, e));",
+    "true);",
+    "x off the vectors of y",
+)
+mutant(
+    "a slow vector is written elsewhere",
+    "box.cuh",
+    "void store_slowly(",
+    "box, from, to - q);",
+    "box, from, to);",
+    "slow beside fast",
+)
+mutant(
+    "ends are written as vectors",
+    "box.cuh",
+    "void apply_anywhere(",
+    "first == e && last == e + VY, box, from",
+    "true, box, from",
+    "misaligned",
+)
+mutant(
+    "the last slow element is not written",
+    "box.cuh",
+    "void apply_slowly(",
+    "k < last; ++k",
+    "k < last - 1; ++k",
+    "misaligned",
+)
+mutant(
+    "slow elements are done in float32",
+    "box.cuh",
+    "void apply_slowly(",
+    "op.slow(one) ?",
+    "false ?",
+    "slow beside fast",
+)
+mutant(
+    "16-bit elements are pushed too far",
+    "box.cuh",
+    "void push(",
+    "vector.z >> 16 | vector.w << 16",
+    "vector.z",
+    "out of range, bfloat16",
+)
+mutant(
+    "a vector in float64 has one channel",
+    "box.cuh",
+    "void mixed_vector(",
+    "place.step(box);",
+    "",
+    "backward, few elements across groups",
+)
+mutant(
+    "a vector in float64 has one group",
+    "box.cuh",
+    "void mixed_vector(",
+    "if (other != unit) {",
+    "if (unit < 0) {",
+    "backward, few elements across groups",
+)
+mutant(
+    "entries that are not kept are of one channel",
+    "box.cuh",
+    "void apply_anywhere(",
+    "op.scale(next.c)",
+    "op.scale(place.c)",
+    "backward float16 last",
+)
+mutant(
+    "entries that are not kept are of one group",
+    "box.cuh",
+    "one = ENTRIES == 2",
+    "if (other != unit) group",
+    "if (unit < 0) group",
+    "backward float16 last",
+)
+mutant(
+    "mean and variance change places",
+    "moments.cuh",
+    "Moments held(",
+    "{1, exact[u], group(1, u), exact[units + u], 1}",
+    "{1, exact[units + u], group(1, u), exact[u], 1}",
+    "first",
+)
+mutant(
+    "the sum of the squares is held as their mean",
+    "moments.cuh",
+    "void hold(int u",
+    "group(2, u) = m.m2 / m.count;",
+    "group(2, u) = m.m2;",
+    "float64",
+)
+mutant(
+    "float64 finds no mean",
+    "moments.cuh",
+    "void set(int u, const Statistic",
+    "if (mean) exact[u] = s.mean;",
+    "",
+    "out of range, split",
+)
+mutant(
+    "coefficients in float64 change places",
+    "moments.cuh",
+    "void set_exact_coefficient(",
+    "exact[3 * units + u] = coefficient.offset",
+    "exact[3 * units + u] = coefficient.along",
+    "backward, few elements across groups",
+)
+mutant(
+    "no room for held sums",
+    "moments.cuh",
+    "Tables(double* p",
+    "(2 + coefficients) * units",
+    "2 * units",
+    "backward",
+)
+mutant(
+    "rstd out of range stays in float32",
+    "moments.cuh",
+    "real in_range(",
+    "(size <= FLOAT_RANGE && size >= 1 / FLOAT_RANGE)",
+    "true",
+    "out of range",
+)
+mutant(
+    "small weights are flushed",
+    "moments.cuh",
+    "real safe_weight(",
+    "size != 0 && size <",
+    "false && size <",
+    "subnormal weights",
+)
+mutant(
+    "a vector's mean is of its half",
+    "moments.cuh",
+    "Moments moments_of",
+    "int half = K / 2; half > 0",
+    "int half = K / 4; half > 0",
+    "first",
+)
+mutant(
+    "float32's mean stays rounded",
+    "moments.cuh",
+    "Moments moments_of",
+    "total.a = (average - estimate) * count;",
+    "total.a = 0;",
+    "far from zero",
+)
+mutant(
+    "groups of few elements stay in float32",
+    "backward.cu",
+    "    backward(BOX_PARAMETERS",
+    "if (count_of(u) <= FEW_ELEMENTS && !REAL_IS_DOUBLE)",
+    "if (false)",
+    "backward last, few elements",
+)
+mutant(
+    "a given rstd is taken to be in range",
+    "backward.cu",
+    "    backward(BOX_PARAMETERS",
+    "given > 0x1p-48 && given < 0x1p+48",
+    "have_rstd",
+    "backward, out of range",
+)
+mutant(
+    "partial sums of another dtype",
+    "backward.cu",
+    "    parameter_gradients(const",
+    "if (doubles)",
+    "if (!doubles)",
+    "backward",
+)
+mutant(
+    "dweight and dbias change places",
+    "backward.cu",
+    "void add_rows(",
+    "store_any(dweight, dtype, (long long)c * step, sum_v_x_hat)",
+    "store_any(dweight, dtype, (long long)c * step, sum_v)",
+    "backward",
+)
+mutant(
+    "subnormals are flushed when rounded",
+    "types.cuh",
+    "float narrow(double d)",
+    'asm("cvt.rn.f32.f64 %0, %1;" : "=f"(f) : "d"(d));',
+    "f = (float)d;",
+    "subnormal weights",
 )
 
 
