@@ -400,7 +400,7 @@ mutant(
     "columns",
     "split",
 )
-mutant("channels are not clipped", "box.cuh", "Box(BOX_PARAMETERS", "min(channels, (", "max(channels, (", "tiny groups")
+mutant("channels are not clipped", "box.cuh", "Box(BOX_PARAMETERS", "min(channels, (", "max(channels, (", "aligned")
 mutant(
     "a box starts at its own sample",
     "box.cuh",
@@ -431,7 +431,7 @@ mutant(
     "struct Shared",
     "(n * nr + r) * row_step",
     "r * row_step",
-    "backward, many samples",
+    "first",
 )
 mutant(
     "samples at offsets of 32 bits",
@@ -497,7 +497,7 @@ mutant(
     "k <= min(e + V, length)",
     "misaligned",
 )
-mutant("the ends are not loaded", "box.cuh", "void fill(const Global", "if (rest) {", "if (false) {", "first")
+mutant("the ends are not loaded", "box.cuh", "void fill(const Global", "if (rest) {", "if (false) {", "split")
 mutant(
     "x is loaded element by element",
     "box.cuh",
@@ -521,7 +521,7 @@ mutant(
     "void team_sums(",
     "__syncthreads();  // the scratch",
     "// the scratch",
-    "first",
+    "rows apart",
 )
 mutant(
     "no barrier before the scratch is read",
@@ -531,7 +531,14 @@ mutant(
     "",
     "split",
 )
-mutant("every lane writes the scratch", "box.cuh", "void team_sums(", "if ((threadIdx.x & 31) == 0)", "", "split")
+mutant(
+    "every lane writes the scratch",
+    "box.cuh",
+    "void team_sums(",
+    "if ((threadIdx.x & 31) == 0)",
+    "",
+    "split",
+)
 mutant("the last step of a warp's sum is missing", "box.cuh", "void sum_of_lanes(", "offset > 0", "offset > 1", "first")
 mutant("a sum over the whole warp", "box.cuh", "void team_sums(", "min(team, 32)", "32", "tiny groups")
 mutant(
@@ -556,10 +563,10 @@ mutant(
     "bool any_of_team",
     "team > 32 ? __syncthreads_or(v) != 0 : __any_sync(0xffffffffu, v) != 0",
     "__any_sync(0xffffffffu, v) != 0",
-    "slow beside fast",
+    "rows apart",
 )
 mutant("chunks of a team overlap", "box.cuh", "void deal(", "j += STEPS * team", "j += STEPS * team - 1", "first")
-mutant("chunks are an element apart", "box.cuh", "void deal(", "at.place * V", "at.place", "last")
+mutant("chunks are an element apart", "box.cuh", "void deal(", "at.place * V", "at.place", "short rows")
 mutant(
     "a short run is not added up",
     "box.cuh",
@@ -569,7 +576,12 @@ mutant(
     "float16",
 )
 mutant(
-    "vectors where rows are no multiple of them", "box.cuh", "void walk(int rows", "run % VX == 0", "run >= VX", "first"
+    "vectors where rows are no multiple of them",
+    "box.cuh",
+    "void walk(int rows",
+    "run % VX == 0",
+    "run >= VX",
+    "tables",
 )
 mutant(
     "a vector has one channel",
@@ -589,7 +601,7 @@ mutant(
     "void apply_anywhere(",
     "bool plain = first == e && last == e + VY",
     "bool plain = false",
-    "first",
+    "split",
 )
 mutant(
     "channels of the vector before",
@@ -615,8 +627,8 @@ mutant(
     "v < count / 2; v += stride",
     "first",
 )
-mutant("a step into the next sample is missed", "box.cuh", "struct Place", "r = 0, ++n", "r = 0", "tiny groups")
-mutant("quotients without their half", "box.cuh", "struct Divisor", "((float)n + 0.5f)", "((float)n)", "tiny groups")
+mutant("a step into the next sample is missed", "box.cuh", "struct Place", "r = 0, ++n", "r = 0", "ends of samples")
+mutant("quotients without their half", "box.cuh", "struct Divisor", "((float)n + 0.5f)", "((float)n)", "first")
 
 mutant(
     "the variance about zero",
@@ -771,7 +783,7 @@ mutant(
     "    forward(BOX_PARAMETERS",
     "if (u < units && lane == 0)",
     "if (lane == 0)",
-    "tiny groups",
+    "first",
 )
 mutant(
     "every thread of a team writes",
@@ -1020,7 +1032,7 @@ mutant(
     "    backward_sums(BOX_PARAMETERS",
     "(channel_team, shared);\n  __syncthreads();",
     "(channel_team, shared);",
-    "backward split",
+    "backward split last",
 )
 mutant(
     "no barrier before dx of a part",
@@ -1275,7 +1287,7 @@ mutant(
     "void fill(const Global",
     "i < segments * rest",
     "i < segments * rest - 1",
-    "first",
+    "split",
 )
 mutant(
     "shifted vectors lie an element off",
@@ -1323,7 +1335,7 @@ mutant(
     "void sum_columns(",
     "if (other) __syncthreads();",
     "",
-    "backward last",
+    "backward, one element a channel",
 )
 mutant(
     "sums of columns lose those before",
@@ -1331,7 +1343,7 @@ mutant(
     "void sum_columns(",
     "other || more ? at(",
     "more ? at(",
-    "backward last",
+    "backward, one element a channel",
 )
 mutant(
     "lanes of a column are not added",
@@ -1355,7 +1367,7 @@ mutant(
     "bool apply_in_lines(",
     "unit += units.teams) {\n      const int run",
     "unit += 2 * units.teams) {\n      const int run",
-    "aligned",
+    "out of range, aligned",
 )
 mutant(
     "columns of rows are skipped",
@@ -1396,7 +1408,7 @@ mutant(
     "void apply_slowly(",
     "place.step(box);",
     "",
-    "slow beside fast",
+    "rows apart",
 )
 mutant(
     "the mean is held as the variance",
@@ -1564,7 +1576,7 @@ mutant(
     "void deal(",
     "while (at.row < rows)",
     "while (at.row < rows - 1)",
-    "last",
+    "last aligned",
 )
 mutant(
     "a short run goes on behind the last row",
@@ -1612,7 +1624,7 @@ mutant(
     "void sum_columns(",
     "share * slots_of_warp + lane / lanes",
     "share + lane / lanes",
-    "backward last",
+    "backward, one element a channel",
 )
 mutant(
     "columns that are not there",
@@ -1644,7 +1656,7 @@ mutant(
     "void sum_columns(",
     "&& share == other)",
     ")",
-    "backward last",
+    "backward, one element a channel",
 )
 mutant(
     "the batch decides who shares columns",
@@ -1900,7 +1912,7 @@ mutant(
     "real in_range(",
     "(size <= FLOAT_RANGE && size >= 1 / FLOAT_RANGE)",
     "true",
-    "out of range",
+    "backward, out of range",
 )
 mutant(
     "small weights are flushed",
@@ -1925,22 +1937,6 @@ mutant(
     "total.a = (average - estimate) * count;",
     "total.a = 0;",
     "far from zero",
-)
-mutant(
-    "groups of few elements stay in float32",
-    "backward.cu",
-    "    backward(BOX_PARAMETERS",
-    "if (count_of(u) <= FEW_ELEMENTS && !REAL_IS_DOUBLE)",
-    "if (false)",
-    "backward last, few elements",
-)
-mutant(
-    "a given rstd is taken to be in range",
-    "backward.cu",
-    "    backward(BOX_PARAMETERS",
-    "given > 0x1p-48 && given < 0x1p+48",
-    "have_rstd",
-    "backward, out of range",
 )
 mutant(
     "partial sums of another dtype",
