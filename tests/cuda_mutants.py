@@ -288,7 +288,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "short rows": lambda: call((5, 24, 7), 3, last=True, wide=False),
     # a group of 110 channels a block: rows apart, each with a head of its own
     "rows apart": lambda: call((2, 330, 37), 3, last=True),
-    # every other row of the array begins at a vector, of 330 elements
+    # the rows of the first group begin at vectors, but are no whole number of them
     "rows with ends": lambda: call((1, 660, 20), 2, last=True),
     # a thread meets the same channels at the end of the first sample, half of whose vector is the second's
     "ends of samples": lambda: call((2, 2, 1023), 2, last=True),
