@@ -218,7 +218,7 @@ def gpu_figure(rows: list[dict[str, Any]], path: Path, device: str) -> None:
             ]
             label = {"copy": "copy", name: "cugn"}.get(source, "torch")
             axis.scatter(*zip(*points, strict=True), color=color, marker=marker, s=60, label=label)
-        axis.set(title=name, xlabel="TB/s that the operation needs at least, float32", xlim=(0, None))
+        axis.set(title=name, xlabel="TB/s of what has to be moved, float32", xlim=(0, None))
         axis.grid(axis="x", alpha=0.3)
         axis.invert_yaxis()
     axes[1].invert_yaxis()

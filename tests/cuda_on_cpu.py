@@ -20,8 +20,22 @@ from simt import host_cupy, memory
 from cugn.cuda import compile as compile_
 from cugn.cuda import launches
 
+
+def why_no_device() -> str | None:
+    """Why there is no GPU here, or None."""
+    try:
+        import cupy
+    except ImportError:
+        return "CuPy is not installed"
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"no CUDA device: {error}"
+    return None if count else "no CUDA device"
+
+
 ON_DEVICE = os.environ.get("CUGN_CUDA") == "device"
-REASON = None if ON_DEVICE else host_cupy.missing() or simt.missing_tools()
+REASON = why_no_device() if ON_DEVICE else host_cupy.missing() or simt.missing_tools()
 NEEDED = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 EMULATOR_NEEDED = pytest.mark.skipif(
     ON_DEVICE or REASON is not None, reason=str(REASON or "on a GPU: this looks into the emulator")

@@ -309,7 +309,7 @@ def test_asynchronous_copies_of_others_need_a_barrier():
     code = COPY.replace("WAIT", WAIT).replace("BARRIER", "")
     with pytest.raises(simt.SimtFault) as caught:
         run(code, floats(256, 1.0), floats(256))
-    assert {fault.kind for fault in caught.value.faults} <= {"race", "uninitialised-shared"}
+    assert {fault.kind for fault in caught.value.faults} <= {"race-shared", "uninitialised-shared"}
 
 
 def test_shared_memory_of_the_previous_block_is_uninitialised():

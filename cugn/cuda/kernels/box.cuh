@@ -497,8 +497,10 @@ struct Place {
 
 // Op: Input (where a row's elements come from), Values<K> (K of them), Entry (what a channel of a sample needs), Group and
 // Scale (the parts of it that its group and its channel need), and unit(n, c), group(unit), scale(c), entry(group, scale),
-// slow(entry), all_slow(), load(values, from, element, place, aligned), fast(entry, values, k); for slow entries the same in float64, ExactGroup, exact_group(unit) and exact(group, c,
-// values, k).
+// slow(entry), load(values, from, element, n, r, q, aligned), fast(entry, values, k); for slow entries the same in float64,
+// ExactGroup, exact_group(unit) and exact(group, c, values, k). all_slow() tells that no entry is fast, rows_aligned() that
+// vectors of a row are aligned where those of the result are, UNROLL how many a thread loads at once, FEW_REGISTERS that
+// many entries can be kept.
 //
 // VECTOR_CHANNELS: channels that an aligned vector of the output lies in at most. 1, 2 (a channel's run is at least a
 // vector), or 16 for any number.
@@ -594,8 +596,8 @@ __device__ __forceinline__ void mixed_vector(const Op& op, Place place, const Bo
 
 // ---- in lines: `lanes` neighbouring threads go through vectors that have the same entries, which are looked up once
 
-// Units of work for teams of `lanes` threads: each of some `classes` of `lines` in up to `least` lines a unit, so many that
-// the last round leaves few teams without one.
+// Units of work for teams of `lanes` threads: the `lines` of each of `classes`, which have entries of their own, are dealt to
+// `slots` units of at least `least` lines each where there are as many; so many that the last round leaves few teams idle.
 struct Units {
   int lanes, lane, team, teams, slots, count;
   __device__ __forceinline__ Units(int lanes, int classes, int lines, int least)
@@ -675,7 +677,7 @@ template <bool SLOW, class Op> __device__ __forceinline__ bool apply_in_lines(co
       look_up(op, place, VY, box, entry);
       y_t* to = out.row(n, r) + q0;
       left |= line<SLOW>(op, entry, slot * lanes + units.lane, vectors, units.slots * lanes, aligned, box,
-           [&](int v, auto body) { body(Place{n, r, c, v * VY}, q0 + v * VY, to + v * VY); });
+                         [&](int v, auto body) { body(Place{n, r, c, v * VY}, q0 + v * VY, to + v * VY); });
     }
   } else {
     const Divisor by_columns(box.ncol), by_lines(lines_of_vectors);
