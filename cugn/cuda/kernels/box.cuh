@@ -15,7 +15,7 @@
 #define MOMENTS_BOUNDS __launch_bounds__(256, 3)
 #define HEAVY (ACTIVATION == GELU || (REAL_IS_DOUBLE && ACTIVATION != IDENTITY))  // erfc, and exp in float64
 #define APPLY_BOUNDS \
-  __launch_bounds__(256, HEAVY || (VECTOR_CHANNELS > 1 && REAL_IS_DOUBLE) || (VECTOR_CHANNELS > 2 && X_DTYPE != FLOAT32) ? 2 : 3)
+  __launch_bounds__(256, HEAVY || (VECTOR_CHANNELS > 1 && REAL_IS_DOUBLE) || (VECTOR_CHANNELS > 2 && (X_DTYPE != FLOAT32 || ACTIVATION != IDENTITY)) ? 2 : 3)
 #define MORE_THAN_SUMS (TANGENT || MASKED || ACTIVATION != IDENTITY)
 // As config.most_threads.
 #define LARGE_BACKWARD (!REAL_IS_DOUBLE && VECTOR_CHANNELS <= 2 && !MORE_THAN_SUMS)
