@@ -9,7 +9,7 @@
 // The order of every sum is fixed by the position in the box, never by an address: the same bits at any alignment.
 
 // Launch bounds: threads of a block, and blocks that a multiprocessor is to hold (which leaves 65536 / (threads * blocks)
-// registers). None of them makes a kernel spill, over all options and architectures. The kernels that go over a split group
+// registers). None of them makes a kernel spill that the static gate compiles. The kernels that go over a split group
 // have three blocks where that allows it: 12 KB of reads in flight, and sm_90 needs 8 to read and write at the memory's speed.
 #define FORWARD_BOUNDS __launch_bounds__(512, 1)
 #define MOMENTS_BOUNDS __launch_bounds__(256, 3)
@@ -17,7 +17,7 @@
 #define APPLY_BOUNDS \
   __launch_bounds__(256, HEAVY || (VECTOR_CHANNELS > 1 && REAL_IS_DOUBLE) || (VECTOR_CHANNELS > 2 && (X_DTYPE != FLOAT32 || ACTIVATION != IDENTITY)) ? 2 : 3)
 #define MORE_THAN_SUMS (TANGENT || MASKED || ACTIVATION != IDENTITY)
-// As config.most_threads.
+// As config._has_many_threads.
 #define LARGE_BACKWARD (!REAL_IS_DOUBLE && VECTOR_CHANNELS <= 2 && !MORE_THAN_SUMS)
 #define BACKWARD_BOUNDS \
   __launch_bounds__(LARGE_BACKWARD ? 512 : 256, LARGE_BACKWARD || REAL_IS_DOUBLE || SINGLE || MORE_THAN_SUMS ? 1 : 2)
