@@ -17,11 +17,9 @@ from cugn.cuda import compile as cuda
 pytestmark = [NEEDED, pytest.mark.mutants]
 
 
-# So many share a process: it takes seconds to start, and each process that runs tests should have some. Every second
-# one is left to CUGN_TESTS=all: they take minutes.
+# So many share a process: it takes seconds to start, and each process that runs tests should have some.
 BATCH = 12
-HALVES = (MUTANTS[::2], MUTANTS[1::2])
-BATCHES = [half[i : i + BATCH] for half in HALVES for i in range(0, len(half), BATCH)]
+BATCHES = [MUTANTS[i : i + BATCH] for i in range(0, len(MUTANTS), BATCH)]
 
 
 def test_there_are_enough() -> None:
@@ -36,7 +34,6 @@ def test_the_unchanged_kernels_pass(check: str) -> None:
     CHECKS[check]()
 
 
-@pytest.mark.rare(when=lambda batch: batch[0] in HALVES[1])
 @pytest.mark.parametrize("batch", BATCHES, ids=lambda batch: f"{batch[0].name} ... {batch[-1].name}")
 def test_each_is_noticed(batch: list[mutants.Mutant]) -> None:
     """By at least one check."""

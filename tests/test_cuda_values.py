@@ -507,6 +507,8 @@ def test_offsets_beyond_2_to_the_31(size: int, last: bool, fast: Library) -> Non
 
 # ---------------------------------------------------------------- the same bits
 
+# So many samples that more of them share a block than of a part of the batch: small groups of rows, and a table.
+MANY = [((1200, 8, 12), 4), ((1200, 32, 1), 4)]
 LAYOUTS = {"first": {"channel_axis": 1}, "last": {"channel_axis": -1}}
 
 
@@ -538,7 +540,7 @@ def test_order_of_execution_changes_no_bit(shape: tuple[int, ...], groups: int, 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("shape", "groups"), [((7, 8, 33), 4), ((40, 32, 2), 32), ((3, 2, 60_000), 1)], ids=str)
+@pytest.mark.parametrize(("shape", "groups"), [((7, 8, 33), 4), ((40, 32, 2), 32), ((3, 2, 60_000), 1), *MANY], ids=str)
 def test_the_batch_around_a_sample_changes_no_bit(
     shape: tuple[int, ...], groups: int, dtype: str, layout: str, fast: Library
 ) -> None:

@@ -264,7 +264,7 @@ struct SumChannels {
   }
 };
 
-// Sums of v and v x_hat of each channel of each sample in the box: as sum_channels left them; or, under SINGLE, of the one
+// Sums of v and v x_hat of each channel of each sample in the box: as SumChannels left them; or, under SINGLE, of the one
 // element of the channel, which costs less than to keep them: a third of the accesses of shared memory.
 struct SumsOfChannels {
   const Shared<x_t>&x, &v;
