@@ -508,7 +508,7 @@ def test_offsets_beyond_2_to_the_31(size: int, last: bool, fast: Library) -> Non
 # ---------------------------------------------------------------- the same bits
 
 # So many samples that more of them share a block than of a part of the batch: small groups of rows, and a table.
-MANY = [((1200, 8, 12), 4), ((1200, 32, 1), 4)]
+MANY = [((600, 8, 150), 4), ((600, 1200, 1), 4)]
 LAYOUTS = {"first": {"channel_axis": 1}, "last": {"channel_axis": -1}}
 
 
