@@ -39,7 +39,7 @@ from .formats import (
 )
 from .functional import group_norm
 from .moments import Moments
-from .parts import Axes, Part, Statistics, normalized
+from .parts import Axes, Part, Statistics, entries, normalized
 from .plan import FLOATS, Plan, Spec, axes_key, groups_key
 
 __all__ = ["FileError", "normalize_file"]
@@ -211,9 +211,9 @@ class _Job:
 
         for index, part in _in_order(pool, part_of, blocks):
             at = tuple(index[axis] for axis in self.axes.batch)
-            merged = _entries(whole, at).merge(part)
-            for values, entries in zip(_arrays(_entries(whole, at)), _arrays(merged), strict=True):
-                values[...] = entries
+            known = entries(whole, at)
+            for values, new in zip(_arrays(known), _arrays(known.merge(part)), strict=True):
+                values[...] = new
             bar.update(elements_of(index) * self.source.dtype.itemsize)
         return whole
 
@@ -271,11 +271,6 @@ class _Job:
         if self.x_dtype == np.float64:
             return Statistics(count, mean, np.ones(shape), low, rstd)
         return Statistics.given(count, mean, rstd)
-
-
-def _entries(part: Part, at: tuple[slice, ...]) -> Part:
-    """Those of some of the samples, as views."""
-    return Part(part.present, part.shift[at], part.unit[at], Moments(*(values[at] for values in part.moments)))
 
 
 def _arrays(part: Part) -> tuple[Array, ...]:

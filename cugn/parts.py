@@ -14,7 +14,7 @@ unit is 1 but for values whose squares leave the range. Other dtypes are taken a
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +29,7 @@ __all__ = [
     "Part",
     "PartSums",
     "Statistics",
+    "entries",
     "gradient",
     "gradient_sums",
     "local_groups",
@@ -348,8 +349,43 @@ def gradient(
 
 
 def merged(parts: Sequence[Any]) -> Any:
-    """Merge parts in the order given."""
-    return functools.reduce(lambda a, b: a.merge(b), parts)
+    """Merge parts of one kind, in an order that depends on their number and groups alone.
+
+    Those of the same groups are merged in pairs of neighbours, all pairs of a round as one merge of stacked arrays, and
+    the results one after another: 16 parts of the same groups take four merges, not 15 (0.4 ms, not 1.4 ms).
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if hasattr(parts[0], "present"):
+        alike: dict[bytes, list[Any]] = {}
+        for part in parts:
+            alike.setdefault(part.present.tobytes(), []).append(part)
+        if len(alike) > 1:
+            return functools.reduce(lambda a, b: a.merge(b), map(merged, alike.values()))
+    count = 1 << (len(parts).bit_length() - 1)
+    if count < len(parts):
+        return merged(parts[:count]).merge(merged(parts[count:]))
+    whole = _each(lambda *arrays: array_namespace(*arrays).stack(arrays), *parts)
+    while count > 1:
+        whole = entries(whole, slice(0, None, 2)).merge(entries(whole, slice(1, None, 2)))
+        count //= 2
+    return entries(whole, 0)
+
+
+def entries(part: Any, at: Any) -> Any:
+    """A part of ``array[at]`` for each of its arrays."""
+    return _each(lambda array: array[at], part)
+
+
+def _each(function: Callable[..., Array], *parts: Any) -> Any:
+    """A part of `function` of the arrays in each place; of the groups `present`, which are the same, the first's."""
+    fields = []
+    for name, *values in zip(parts[0]._fields, *parts, strict=True):
+        if name == "present":
+            fields.append(values[0])
+        else:
+            fields.append(_each(function, *values) if isinstance(values[0], tuple) else function(*values))
+    return type(parts[0])(*fields)
 
 
 def _values(x: Array, statistics: Statistics, number: Indices, axes: Axes) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from typing import Any
 
 import numpy as np
 import oracle
@@ -12,7 +13,7 @@ import pytest
 from libraries import Library
 
 import cugn
-from cugn import Moments
+from cugn import Moments, parts
 
 
 def parts_of(x: np.ndarray, cuts: list[int]) -> list[np.ndarray]:
@@ -102,6 +103,31 @@ def test_many_parts() -> None:
     expected = oracle.forward(x, 1)
     np.testing.assert_allclose(m.mean, expected.mean.astype(float), rtol=1e-13)
     np.testing.assert_allclose(m.m2, expected.m2.astype(float), rtol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 16, 33])
+def test_parts_of_parts_of_groups(count: int, dtype: Any) -> None:
+    """Any number of parts, each with pieces of some of the groups, are the whole's moments and sums."""
+    rng = np.random.default_rng(count)
+    x, dy = rng.normal(50, 1, (2, 2, 6, 5, count)).astype(dtype)
+    labels, axes = np.array([0, 1, 1, 2, 0, 3]), parts.Axes((0,), 1)
+    pieces = [np.sort(rng.permutation(6)[: rng.integers(1, 7)]) for _ in range(count)]
+    where = np.array([np.isin(range(6), piece) for piece in pieces]).T[:, None]  # (C, 1, count)
+    m = parts.merged([parts.Part.of(x[..., k][:, piece], labels[piece], axes) for k, piece in enumerate(pieces)])
+    expected = oracle.forward(x, list(labels), where=np.broadcast_to(where, x.shape))
+    total = m.total(4)
+    np.testing.assert_array_equal(total.count, expected.count)
+    np.testing.assert_allclose(total.mean, expected.mean.astype(float), rtol=1e-14)
+    np.testing.assert_allclose(total.m2, np.where(expected.count, expected.m2.astype(float), 0), rtol=1e-12)
+    statistics = m.statistics(4, 1e-5)
+    sums = [
+        parts.gradient_sums(dy[..., k][:, piece], x[..., k][:, piece], labels[piece], axes, statistics)[0]
+        for k, piece in enumerate(pieces)
+    ]
+    terms = np.where(where, dy.astype(float), 0)
+    wanted = np.stack([terms[:, labels == g].sum((1, 2, 3)) for g in range(4)], -1)
+    np.testing.assert_allclose(parts.merged(sums).on(np.arange(4)).sum_wdy, wanted, rtol=1e-13)
 
 
 def test_batch_statistics() -> None:
