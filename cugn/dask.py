@@ -104,7 +104,7 @@ def moments(plan: Plan, x: Array, where: Array) -> tuple[Array, Array, Array]:
     if call.whole:
         blocks = call.blockwise(_moments_block, where=where)
         return call.statistic(blocks, 0, np.int64), call.statistic(blocks, 1), call.statistic(blocks, 2)
-    total = call.over_groups(call.blockwise(Part.of, where=where), None, partial(_total, groups=plan.G))
+    total = call.over_groups(call.blockwise(Part.of, where=where), None, partial(_total, groups=call.groups))
     return call.field(total, "count", np.int64), call.field(total, "mean"), call.field(total, "m2")
 
 
@@ -179,20 +179,23 @@ class _Call:
         self.plan, self.x = plan, x
         self.axes = Axes(plan.batch_axes, plan.channel_axis)
         self.index = tuple(range(x.ndim))
-        self.batch_index = tuple(sorted(plan.batch_axes))
-        self.groups_index = x.ndim
         self.y_dtype = x.dtype if plan.y_dtype == plan.x_dtype else np.dtype(np.float32)
         labels = np.repeat(np.arange(plan.G), np.diff(plan.group_bounds)) if plan.labels is None else plan.labels
         self.labels = da.from_array(labels, chunks=(x.chunks[plan.channel_axis],))
-        self.groups_of_chunks = self._groups_of_chunks()
-        self.whole = bool(self.groups_of_chunks)
+        apart = self._groups_of_chunks()
+        self.groups_chunks = apart or (plan.G,)
+        self.whole = bool(apart) and all(x.numblocks[axis] == 1 for axis in plan.spatial_axes)
+        self.groups_index = plan.channel_axis if apart else x.ndim
+        self.objects_index = tuple(sorted({*plan.batch_axes, plan.channel_axis} if apart else plan.batch_axes))
+        self.groups = None if apart else np.arange(plan.G)
+        """Those of an object, unless they are its parts' own."""
 
     def _groups_of_chunks(self) -> tuple[int, ...]:
-        """Number of groups in each chunk along the channels, empty if a group may lie in several chunks."""
+        """Number of groups in each chunk along the channels, empty if a group may have channels in several."""
         plan = self.plan
-        if plan.C == 0 or any(self.x.numblocks[axis] > 1 for axis in plan.spatial_axes):
-            return ()
         sizes = self.x.chunks[plan.channel_axis]
+        if plan.C == 0:
+            return ()
         if len(sizes) == 1:
             return (plan.G,)
         channels_of_group = plan.C // plan.G
@@ -232,19 +235,18 @@ class _Call:
     def _aligned(self, name: str, operand: Array) -> tuple[Array, tuple[int, ...]]:
         """An operand in chunks that meet x's, and the index of each of its axes."""
         plan = self.plan
+        along = dict(enumerate(self.x.chunks))
         if name in ("statistics", "means"):
-            return operand, self.batch_index
-        if name in ("mean", "rstd"):
+            return operand, self.objects_index
+        if name in ("count", "mean", "rstd"):
             index = (*plan.batch_axes, self.groups_index)
+            along[self.groups_index] = self.groups_chunks
         elif name in ("dy", "tx", "ddx", "where"):
             index = self.index
         else:
             index = (plan.channel_axis,)
         index = index[len(index) - operand.ndim :]
-        chunks = tuple(
-            (size,) if size == 1 or axis == self.groups_index else self.x.chunks[axis]
-            for size, axis in zip(operand.shape, index, strict=True)
-        )
+        chunks = tuple((1,) if size == 1 else along[axis] for size, axis in zip(operand.shape, index, strict=True))
         if not isinstance(operand, da.Array):
             return da.from_array(operand, chunks=chunks, asarray=False), index
         if not any(math.isnan(size) for size in operand.shape):
@@ -271,57 +273,54 @@ class _Call:
 
     def statistic(self, blocks: Array, item: int, dtype: Any = np.float64) -> Array:
         """Array of the statistics' shape from an item of each block; each holds all positions of its channels."""
-        channel = self.plan.channel_axis
-        index = (*self.plan.batch_axes, channel)
-        return da.blockwise(
-            _item,
-            index,
-            *(blocks, self.index),
-            item=item,
-            adjust_chunks={channel: self.groups_of_chunks},
-            dtype=dtype,
-            meta=self._meta(len(index), dtype),
-        )
+        return self._of_groups(_item, blocks, self.index, dtype, item=item)
 
     def field(self, objects: Array, name: str, dtype: Any = np.float64) -> Array:
-        """Array of the statistics' shape from an attribute of the object of each chunk along the batch."""
-        index = (*self.plan.batch_axes, self.groups_index)
+        """Array of the statistics' shape from an attribute of the object of each chunk along batch and groups."""
+        return self._of_groups(_attribute, objects, self.objects_index, dtype, attribute=name)
+
+    def _of_groups(self, function: Any, blocks: Array, index: tuple[int, ...], dtype: Any, **options: Any) -> Array:
+        known, chunks = self.groups_index in index, self.groups_chunks
         return da.blockwise(
-            _attribute,
-            index,
-            *(objects, self.batch_index),
-            attribute=name,
-            new_axes={self.groups_index: self.plan.G},
+            function,
+            (*self.plan.batch_axes, self.groups_index),
+            *(blocks, index),
+            new_axes=None if known else {self.groups_index: chunks},
+            adjust_chunks={self.groups_index: chunks} if known else None,
             dtype=dtype,
-            meta=self._meta(len(index), dtype),
+            meta=self._meta(len(self.plan.batch_axes) + 1, dtype),
+            **options,
         )
 
     def statistics(self, where: Array, mean: Array = None, rstd: Array = None) -> Array:
-        """`Statistics` of each chunk along the batch.
+        """`Statistics` of each chunk along batch and groups.
 
         Those of the caller spare the pass over x, unless one number does not tell the mean well enough (float64 x, or
         a mean in less than float64), or the number of elements is in the mask or in chunks of unknown size.
         """
         plan = self.plan
-        given = [] if rstd is None else [*self._aligned("mean", mean), *self._aligned("rstd", rstd)]
-        enough = plan.x_dtype != "float64" and bool(given) and mean.dtype == np.float64
+        enough = rstd is not None and plan.x_dtype != "float64" and mean.dtype == np.float64
         if enough and where is None and not math.isnan(plan.S):
-            return self._objects(partial(_given, count=np.diff(plan.group_bounds) * plan.S), *given)
+            count = np.diff(plan.group_bounds) * plan.S
+            given = {"count": count, "mean": mean, "rstd": rstd}
+            return self._objects(_given, *(a for name, v in given.items() for a in self._aligned(name, v)))
         parts = self.blockwise(Part.of, where=where)
-        statistics = self.over_groups(parts, None, partial(_statistics, groups=plan.G, eps=plan.eps))
-        return self._objects(_with_rstd, statistics, self.batch_index, *given[2:]) if given else statistics
+        statistics = self.over_groups(parts, None, partial(_statistics, groups=self.groups, eps=plan.eps))
+        if rstd is None:
+            return statistics
+        return self._objects(_with_rstd, statistics, self.objects_index, *self._aligned("rstd", rstd))
 
     def _objects(self, function: Any, *operands: Any) -> Array:
-        """An object of each chunk along the batch."""
-        meta = self._meta(len(self.batch_index))
-        return da.blockwise(function, self.batch_index, *operands, dtype=np.float64, meta=meta, align_arrays=False)
+        """An object of each chunk along batch and groups."""
+        meta = self._meta(len(self.objects_index))
+        return da.blockwise(function, self.objects_index, *operands, dtype=np.float64, meta=meta, align_arrays=False)
 
     def over_groups(self, blocks: Array, take: Any, finish: Any, *beside: Array) -> Array:
-        """An object of each chunk along the batch: `take` of its blocks, merged, then `finish` of the result.
+        """An object of each chunk along batch and groups: `take` of its blocks, merged, then `finish` of the result.
 
         `finish` also takes the objects of that chunk that are in `beside`.
         """
-        axes = tuple(axis for axis in self.index if axis not in self.batch_index)
+        axes = tuple(axis for axis in self.index if axis not in self.objects_index)
         return self._tree(blocks, axes, take, finish, *beside)
 
     def channel_sums(self, blocks: Array, dtype: Any) -> tuple[Array, Array]:
@@ -402,16 +401,16 @@ def _merged(blocks: Sequence[Any], take: Any, finish: Any = None, *beside: Any) 
     return result if finish is None else finish(result, *beside)
 
 
-def _statistics(part: Part, groups: int, eps: float) -> Statistics:
-    return part.statistics(groups, eps)
+def _statistics(part: Part, groups: Any, eps: float) -> Statistics:
+    return part.statistics(eps, groups)
 
 
-def _total(part: Part, groups: int) -> Any:
+def _total(part: Part, groups: Any) -> Any:
     return part.total(groups)
 
 
-def _given(mean: Any, rstd: Any, count: Array) -> Statistics:
-    return Statistics.given(count, _alone(mean), _alone(rstd))
+def _given(count: Any, mean: Any, rstd: Any) -> Statistics:
+    return Statistics.given(*map(_alone, (count, mean, rstd)))
 
 
 def _with_rstd(statistics: Statistics, rstd: Any) -> Statistics:

@@ -194,7 +194,7 @@ class _Job:
         with _Progress(progress, passes * plan.size * itemsize) as bar, ThreadPoolExecutor(threads) as pool:
             if statistics is None and passes == 2:
                 part = self._moments(pool, blocks, bar)
-                statistics = part.statistics(plan.G, plan.eps)
+                statistics = part.statistics(plan.eps)
                 if save_stats is not None:
                     _save(Path(save_stats), part)
             self._write(pool, blocks, statistics, bar)
@@ -279,7 +279,7 @@ def _arrays(part: Part) -> tuple[Array, ...]:
 
 def _save(path: Path, part: Part) -> None:
     """Save moments, complete or not at all."""
-    total = part.total(len(part.present))
+    total = part.total()
     with np.errstate(all="ignore"):
         low = (part.shift - total.mean) + part.unit * part.moments.mean
     temporary = part_name(path)

@@ -160,9 +160,9 @@ class Part(NamedTuple):
         spread = Moments(placed(m.count, 0), placed(m.mean, np.nan), placed(m.m2, 0))
         return Part(present, placed(self.shift, 0), placed(self.unit, 1), spread)
 
-    def statistics(self, groups: int, eps: float) -> Statistics:
-        """What is applied to the blocks; `groups` is that of the whole array, empty ones get NaN."""
-        part = self.on(np.arange(groups))
+    def statistics(self, eps: float, groups: Indices | None = None) -> Statistics:
+        """What is applied to the blocks, of these groups, or its own; empty ones get NaN."""
+        part = self if groups is None else self.on(groups)
         xp = array_namespace(part.shift)
         with np.errstate(all="ignore"):
             if eps > 2.0**-_SAFE_EXPONENT:  # beside which a variance in smaller units is nothing
@@ -171,9 +171,9 @@ class Part(NamedTuple):
             rstd = 1 / xp.sqrt(m.var + eps / part.unit / part.unit)
             return Statistics(m.count, part.shift, part.unit, m.mean, rstd)
 
-    def total(self, groups: int) -> Moments:
-        """Moments of x itself among all groups of the whole array."""
-        part = self.on(np.arange(groups))
+    def total(self, groups: Indices | None = None) -> Moments:
+        """Moments of x itself, of these groups, or its own."""
+        part = self if groups is None else self.on(groups)
         m = part.moments
         with np.errstate(all="ignore"):
             return Moments(m.count, part.shift + part.unit * m.mean, m.m2 * part.unit * part.unit)
@@ -187,7 +187,7 @@ class Part(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Statistics of whole groups: ``x_hat = ((x - shift) / unit - mean) * rstd``; shapes: batch shape, then G."""
+    """Statistics of whole groups: ``x_hat = ((x - shift) / unit - mean) * rstd``; shapes: batch shape, then groups."""
 
     count: Array
     shift: Array
@@ -275,7 +275,7 @@ class PartSums(NamedTuple):
 
     def means(self, count: Array) -> tuple[Array, Array]:
         """Sums of all groups divided by the number of elements in the statistics."""
-        whole = self.on(np.arange(count.shape[-1]))
+        whole = self if len(self.present) == count.shape[-1] else self.on(np.arange(count.shape[-1]))
         with np.errstate(all="ignore"):
             return whole.sum_wdy / count, whole.sum_wdy_xhat / count
 

@@ -558,6 +558,26 @@ def test_two_tasks_a_chunk_where_groups_are_cut() -> None:
         assert not [key for key in of_chunks if "_execute_subgraph" in repr(getattr(graph[key], "func", None))]
 
 
+def test_a_chunk_waits_for_the_chunks_of_its_groups_alone() -> None:
+    """Space in parts, channels between groups: an array that memory does not hold goes through group by group."""
+    x = da.from_array(np.ones((2, 8, 6, 4), np.float32), (1, 4, 3, 2))
+    statistics = cugn.group_norm_forward(x, 4)[1:]
+    for y in (
+        cugn.group_norm(x, 4),
+        cugn.group_norm_backward(x, x, 4)[0],
+        cugn.group_norm_backward(x, x, 4, mean=statistics[0], rstd=statistics[1])[0],
+        cugn.group_norm(x, 4, where=x > 0),
+    ):
+        needs = y.__dask_graph__().get_all_dependencies()
+        for place in np.ndindex(y.numblocks):
+            sources, todo = set(), {(y.name, *place)}
+            while todo:
+                key = todo.pop()
+                todo |= needs[key]
+                sources |= {key[1:3]} if key[0] == x.name else set()
+            assert sources == {place[:2]}
+
+
 def test_a_chunk_is_computed_by_the_thread_of_its_task(monkeypatch: pytest.MonkeyPatch) -> None:
     from cugn import threads
 

@@ -116,11 +116,11 @@ def test_parts_of_parts_of_groups(count: int, dtype: Any) -> None:
     where = np.array([np.isin(range(6), piece) for piece in pieces]).T[:, None]  # (C, 1, count)
     m = parts.merged([parts.Part.of(x[..., k][:, piece], labels[piece], axes) for k, piece in enumerate(pieces)])
     expected = oracle.forward(x, list(labels), where=np.broadcast_to(where, x.shape))
-    total = m.total(4)
+    total = m.total(np.arange(4))
     np.testing.assert_array_equal(total.count, expected.count)
     np.testing.assert_allclose(total.mean, expected.mean.astype(float), rtol=1e-14)
     np.testing.assert_allclose(total.m2, np.where(expected.count, expected.m2.astype(float), 0), rtol=1e-12)
-    statistics = m.statistics(4, 1e-5)
+    statistics = m.statistics(1e-5, np.arange(4))
     sums = [
         parts.gradient_sums(dy[..., k][:, piece], x[..., k][:, piece], labels[piece], axes, statistics)[0]
         for k, piece in enumerate(pieces)
