@@ -266,6 +266,16 @@ def double(
     assert reads <= 1.02 * 7 * x.nbytes, "more is read than has to be"
 
 
+def tangent_in_a_unit() -> None:
+    """Tangents of values whose squares leave the range are those of a multiple that is in it."""
+    x, tx, weight, bias = inputs((1, 4, 100), "float64", 3.0, 2.0)
+    wanted = cugn.group_norm_jvp(tx, x, 2, weight, bias, eps=0.0)
+    with emulated(seed=3):
+        X, T, W, B = map(host_cupy.to_device, (np.ldexp(x, 900), np.ldexp(tx, 900), weight, bias))
+        found = host_cupy.to_host(cugn.group_norm_jvp(T, X, 2, W, B, eps=0.0))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-14 * np.abs(wanted).max())
+
+
 LABELS = [0, 1, 0, 2, 2, 2, 1, 0, 2, 2, 2, 2]
 
 CHECKS: dict[str, Callable[[], Any]] = {
@@ -333,6 +343,11 @@ CHECKS: dict[str, Callable[[], Any]] = {
     ),
     "backward, few elements across groups": lambda: call((9, 24, 1), 4, backward=True),
     "backward, out of range": lambda: call((2, 4, 64), 2, std=1e25, mean=0.0, backward=True),
+    "backward float64, out of range": lambda: (
+        call((1, 4, 100), 2, dtype="float64", mean=0.0, std=1e300, backward=True),
+        call((1, 2, 6000), 1, dtype="float64", mean=0.0, std=1e300, backward=True, small=True),
+    ),
+    "tangent in a unit": tangent_in_a_unit,
     "backward last, few elements": lambda: call((9, 24, 3), 12, backward=True, last=True),
     "backward last silu": lambda: call((2, 24, 37), 8, backward=True, last=True, activation="silu"),
     "backward float16 last": lambda: call((2, 6, 35), 3, dtype="float16", backward=True, last=True, wide=False),
@@ -856,9 +871,33 @@ mutant(
     "dz is not weighted",
     "backward.cu",
     "struct Gradient",
-    "return fma(e.scale, dz,",
-    "return fma(e.rstd, dz,",
+    "dx = fma(e.scale, dz,",
+    "dx = fma(e.rstd, dz,",
     "backward",
+)
+mutant(
+    "dx stays in the group's unit",
+    "backward.cu",
+    "struct Gradient",
+    "REAL_IS_DOUBLE ? dx * e.unit : dx",
+    "dx",
+    "backward float64, out of range",
+)
+mutant(
+    "coefficients of dx are of x itself",
+    "backward.cu",
+    "coefficients_of(",
+    "TANGENT ? rstd_in_unit * unit : rstd_in_unit",
+    "rstd_in_unit * unit",
+    "backward float64, out of range",
+)
+mutant(
+    "a tangent's coefficients are in the group's unit",
+    "backward.cu",
+    "coefficients_of(",
+    "TANGENT ? rstd_in_unit * unit : rstd_in_unit",
+    "rstd_in_unit",
+    "tangent in a unit",
 )
 mutant(
     "no barrier between boxes",

@@ -140,8 +140,8 @@ def check_y(y: np.ndarray, expected: oracle.Forward, dtype: str, what: str) -> N
         assert (error <= bound).all(), f"{what}: {float(np.max(error / bound)):.3g} times the bound"
 
 
-def check_gradients(result: Any, expected: oracle.Backward, dtype: str, what: str, roundings: int = 1) -> None:
-    """The bounds of the backward; below the normal range so many roundings to a multiple of the dtype's least value."""
+def check_gradients(result: Any, expected: oracle.Backward, dtype: str, what: str) -> None:
+    """The bounds of the backward."""
     factor = BACKWARD_FACTOR[dtype] * oracle.epsilon(dtype_of(dtype))
     for name, scale in (
         ("dx", expected.group_max),
@@ -151,7 +151,7 @@ def check_gradients(result: Any, expected: oracle.Backward, dtype: str, what: st
         value = getattr(result, name)
         assert value.dtype == dtype_of(dtype), what
         error = np.abs(value.astype(np.float64).astype(oracle.LONG) - getattr(expected, name))
-        bound = factor * scale + roundings * oracle.half_ulp(np.zeros(()), dtype_of(dtype))
+        bound = factor * scale + oracle.half_ulp(np.zeros(()), dtype_of(dtype))
         with np.errstate(all="ignore"):
             assert (error <= bound).all(), f"{what}, {name}: {float(np.max(error / bound)):.3g} times the bound"
 

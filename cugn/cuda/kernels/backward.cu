@@ -75,9 +75,10 @@ template <class FromX, class FromV> struct Gradient {
     const Centre& centre = group.centre;
     const Coefficient& coefficient = group.coefficient;
     const real bend = scale.safe * centre.rstd;
-    Entries e = {centre.high, centre.low, centre.unit, centre.rstd,       REAL_IS_DOUBLE ? bend * centre.unit * coefficient.share : bend,
+    Entries e = {centre.high, centre.low, centre.unit, centre.rstd,       REAL_IS_DOUBLE ? bend * coefficient.share : bend,
                  bend,        scale.bias, coefficient.along, coefficient.offset};
 #if TANGENT
+    if (REAL_IS_DOUBLE) e.scale *= centre.unit;
     e.along = fma(scale.weight, e.along, REAL_IS_DOUBLE ? scale.tweight : scale.tweight * centre.rstd);
     e.offset = fma(scale.weight, e.offset, scale.tbias);
 #endif
@@ -112,7 +113,8 @@ template <class FromX, class FromV> struct Gradient {
     return ACTIVATION == IDENTITY ? t : t * slope(fma(d, e.bend, e.shift));
 #else
     const real dz = ACTIVATION == IDENTITY ? v : v * slope(fma(d, e.bend, e.shift));
-    return fma(e.scale, dz, values.used[k] ? along : (real)0);
+    const real dx = fma(e.scale, dz, values.used[k] ? along : (real)0);
+    return REAL_IS_DOUBLE ? dx * e.unit : dx;  // last: where dx is below the normal range, it is rounded once
 #endif
   }
   template <int K>
@@ -315,11 +317,13 @@ struct SumsOfChannels {
 
 // Coefficients of a group from the sums of v and v x_hat over it. In a group of two elements, whose rstd was taken from them,
 // rstd v + offset and along x_hat are the same but for eps rstd^2 of them, which is the result: the difference of the two is 85
-// times the bound off in float64.
-__device__ __forceinline__ ExactCoefficient coefficients_of(const Pair& sums, double rstd, double count, double eps, bool given) {
-  const double offset = -rstd * (sums.a / count);
+// times the bound off in float64. dx is computed in the group's unit, in which rstd is, a tangent as it is.
+__device__ __forceinline__ ExactCoefficient coefficients_of(const Pair& sums, double rstd_in_unit, double unit, double count,
+                                                            double eps, bool given) {
+  const double rstd = TANGENT ? rstd_in_unit * unit : rstd_in_unit, offset = -rstd * (sums.a / count);
   if (REAL_IS_DOUBLE && !MASKED && count == 2 && !given) {
-    const double share = eps > 0 ? eps * (rstd * rstd) : 0;  // without eps the square may be infinite
+    const double of_x = rstd_in_unit * unit;
+    const double share = eps > 0 ? eps * (of_x * of_x) : 0;  // without eps the square may be infinite
     return {0, offset * share, share};
   }
   return {-rstd * (sums.b / count), offset, 1};
@@ -489,7 +493,7 @@ extern "C" __global__ void BACKWARD_BOUNDS
       const Statistic statistic = tables.statistic(u);
       const double r = statistic.rstd, count = count_of(u);
       const Pair sum = {tables.held_sum(0, u), tables.held_sum(1, u)};
-      set_coefficients(coefficients_of(sum, r * statistic.unit, count, eps, have_rstd), r, count, u, tables, box.nr * box.run == 2);
+      set_coefficients(coefficients_of(sum, r, statistic.unit, count, eps, have_rstd), r, count, u, tables, box.nr * box.run == 2);
     }
     __syncthreads();
 
@@ -637,7 +641,7 @@ extern "C" __global__ void MERGE_BOUNDS
     total = team_sum(total, blockDim.x, scratch);
   }
   if (threadIdx.x == 0) {
-    const ExactCoefficient g = coefficients_of(total, rstd * m.unit, m.count, eps, have_rstd);
+    const ExactCoefficient g = coefficients_of(total, rstd, m.unit, m.count, eps, have_rstd);
     values.at(ALONG, group) = g.along;
     values.at(OFFSET, group) = g.offset;
     values.at(SHARE, group) = g.share;
