@@ -381,7 +381,8 @@ def _item(block: Any, item: int) -> Array:
 
 
 def _cast_item(block: Any, item: int, to: Any) -> Array:
-    return block[item].astype(to)
+    with np.errstate(over="ignore"):
+        return block[item].astype(to)
 
 
 def _attribute(block: Any, attribute: str) -> Array:

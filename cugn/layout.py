@@ -19,16 +19,22 @@ class Layout:
     channels-last is ``inner == 1``, and batch norm of a channels-first array is ``N == 1`` with the samples as
     ``outer``. A contiguous group of D channels is then ``outer`` runs of ``D * inner`` contiguous elements in each
     case, so that one set of loops serves them all.
+
+    Where each sample is so, but the batch axes cannot be run through as one (``x[:, ::2]`` of two), the kind is
+    "samples": the same loops, since the bits of a sample may not depend on the batch, and another way to its start.
     """
 
-    kind: Literal["dense", "strided"]
+    kind: Literal["dense", "samples", "strided"]
     axes: tuple[int, ...]
     N: int
     outer: int
     C: int
     inner: int
     strides: tuple[tuple[int, int], ...]
-    """(sn, so) of each array in elements, in the order in which the arrays were given; empty if strided."""
+    """(sn, so) of each array in elements, in the order in which the arrays were given; empty if strided.
+
+    Of "samples", sn is that of an array whose batch axes can be run through, else 0.
+    """
 
     @classmethod
     def of(
@@ -52,32 +58,23 @@ class Layout:
             outer, inner = spatial[:split], spatial[split:]
             axes = (*batch_axes, *outer, channel_axis, *inner)
             sizes = [math.prod(shape[axis] for axis in part) for part in (batch_axes, outer, inner)]
-            pairs = [_dense_strides(shape, s, batch_axes, outer, channel_axis, inner) for s in strides]
-            if all(pair is not None for pair in pairs):
-                dense = tuple(pair for pair in pairs if pair is not None)
-                return cls("dense", axes, sizes[0], sizes[1], C, sizes[2], dense)
+            rows = [_row_stride(shape, s, outer, channel_axis, inner) for s in strides]
+            if None not in rows:
+                samples = [_merged_stride(shape, s, batch_axes, math.prod(sizes[1:]) * C) for s in strides]
+                pairs = tuple((sn or 0, so or 0) for sn, so in zip(samples, rows, strict=True))
+                return cls("samples" if None in samples else "dense", axes, sizes[0], sizes[1], C, sizes[2], pairs)
         return cls("strided", axes, sizes[0], sizes[1], C, sizes[2], ())
 
 
-def _dense_strides(
-    shape: Sequence[int],
-    strides: Sequence[int],
-    batch: Sequence[int],
-    outer: Sequence[int],
-    channel_axis: int,
-    inner: Sequence[int],
-) -> tuple[int, int] | None:
-    """(sn, so) of one array in elements, or None where it is not dense in this order of the axes."""
+def _row_stride(
+    shape: Sequence[int], strides: Sequence[int], outer: Sequence[int], channel_axis: int, inner: Sequence[int]
+) -> int | None:
+    """`so` of one array in elements, or None where its samples are not dense in this order of the axes."""
     C = shape[channel_axis]
     inner_size = math.prod(shape[axis] for axis in inner)
-    outer_size = math.prod(shape[axis] for axis in outer)
     if _merged_stride(shape, strides, inner, 1) != 1 or (C > 1 and strides[channel_axis] != inner_size):
         return None
-    so = _merged_stride(shape, strides, outer, C * inner_size)
-    if so is None:
-        return None
-    sn = _merged_stride(shape, strides, batch, outer_size * C * inner_size)
-    return None if sn is None else (sn, so)
+    return _merged_stride(shape, strides, outer, C * inner_size)
 
 
 def _merged_stride(shape: Sequence[int], strides: Sequence[int], axes: Sequence[int], default: int) -> int | None:

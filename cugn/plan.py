@@ -323,6 +323,6 @@ def _layout(
     strides = [[s // array.dtype.itemsize for s in array.strides or ()] for array in arrays]
     aligned = all(s % array.dtype.itemsize == 0 for array in arrays for s in array.strides or ())
     layout = Layout.of(shape, batch_axes, channel_axis, strides)
-    if not aligned and layout.kind == "dense":  # a field of a structured array: no element stride describes it
+    if not aligned and layout.kind != "strided":  # a field of a structured array: no element stride describes it
         return Layout("strided", layout.axes, layout.N, layout.outer, layout.C, layout.inner, ())
     return layout

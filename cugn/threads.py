@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-__all__ = ["ALONE", "CALLER", "alone", "count", "get_num_threads", "run", "set_num_threads"]
+__all__ = ["ALONE", "CALLER", "alone", "count", "get_num_threads", "run", "set_num_threads", "setting"]
 
 ALONE, CALLER = -1, 0
 """What a thread is to a native call, its first argument: the caller, without helpers or with them; those are numbered
@@ -161,6 +161,11 @@ def alone() -> Iterator[None]:
         yield
     finally:
         _here.alone = before
+
+
+def setting() -> int:
+    """What calls of this thread are prepared for: the number of threads, or 0 for one thread beside busy others."""
+    return 0 if _here.alone else count
 
 
 def run(entry: Callable[..., int], arguments: tuple[int, ...], threads: int) -> None:

@@ -521,3 +521,19 @@ def test_given_statistics_of_float64_beside_a_group_without_elements() -> None:
     given = cugn.group_norm_backward(dy, x, 2, mean=mean, rstd=rstd, **options)
     for a, b in zip(own, given, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_gradients_of_channels_beyond_the_range_of_float16(xp: Library) -> None:
+    """They are infinite, as results beyond a dtype's range are, without a warning."""
+    if "float16" not in xp.floats:
+        pytest.skip(f"{xp.name} has no float16")
+    x = np.random.default_rng(0).normal(size=(1, 2, 64)).astype(np.float32)
+    dy = 4e4 * (1 + x * x)
+    X, DY, W = xp.array(x), xp.array(dy), xp.array(np.ones(2, np.float16))
+    assert np.isposinf(xp.numpy(cugn.group_norm_backward(DY, X, 2, W).dbias)).all()
+    if xp.name == "numpy":
+        u = np.linspace(-1e8, 1e8, x.size, dtype=np.float32).reshape(x.shape)
+        assert np.isinf(cugn.group_norm_double_backward(u, DY, X, 2, W, W).gweight).any()
+        da = pytest.importorskip("dask.array")
+        grads = cugn.group_norm_backward(da.from_array(dy, (1, 2, 32)), da.from_array(x, (1, 2, 32)), 2, W)
+        assert np.isposinf(grads.dbias.compute()).all()

@@ -556,6 +556,24 @@ def test_the_batch_around_a_sample_changes_no_bit(
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("shape", "axis"), [((2, 3, 8), 2), ((2, 3, 8, 49), 2), ((2, 3, 49, 8), 3)], ids=str)
+def test_a_slice_of_two_batch_axes_changes_no_bit(shape: tuple[int, ...], axis: int, dtype: str, fast: Library) -> None:
+    """Where the batch axes cannot be run through as one, samples keep the order of their elements."""
+    rng = np.random.default_rng(4)
+    x, dy = (fast.array(rng.normal(3, 1, shape).astype(dtype_of(dtype))) for _ in range(2))
+    options: dict[str, Any] = {"channel_axis": axis, "batch_axis": (0, 1)}
+
+    def results(x: Any, dy: Any) -> list[np.ndarray]:
+        dx = cugn.group_norm_backward(dy, x, 2, **options).dx
+        return [fast.numpy(a) for a in (*cugn.group_norm_forward(x, 2, **options), dx)]
+
+    whole = results(x, dy)
+    for at in (np.s_[::-1], np.s_[:, ::2], np.s_[1:, 1:]):
+        for of_part, of_whole in zip(results(x[at], dy[at]), whole, strict=True):
+            np.testing.assert_array_equal(of_part, of_whole[at])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_other_devices_give_the_same_bits(dtype: str) -> None:
     """The number of multiprocessors plays no part."""
     x, dy, weight, bias = random((3, 8, 500), dtype)

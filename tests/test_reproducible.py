@@ -143,6 +143,26 @@ def test_sample_in_any_batch_of_every_function(dtype: str, last: bool) -> None:
         _same(cugn.normalize(x[one], m.mean[one], rstd[one], groups, **options), y[one])
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", ["odd", "blocks", "table", "large"])
+def test_sample_in_a_slice_of_two_batch_axes(shape: str, dtype: str, last: bool) -> None:
+    """Every other sample, in another order, in memory of another order: samples are not moved, and keep their bits."""
+    C, spatial, groups = (4, (400_001,), 2) if shape == "large" else SHAPES[shape]
+    rng = np.random.default_rng(2)
+    x, dy = rng.normal(3, 1, (2, 2, 3, *((*spatial, C) if last else (C, *spatial)))).astype(dtype)
+    options: dict[str, Any] = {"batch_axis": (0, 1), "channel_axis": -1 if last else 2}
+    y = cugn.group_norm(x, groups, **options)
+    dx = cugn.group_norm_backward(dy, x, groups, **options).dx
+    for at in (np.s_[::-1], np.s_[:, ::2], np.s_[:, ::-1], np.s_[1:, 1:]):
+        np.testing.assert_array_equal(cugn.group_norm(x[at], groups, **options), y[at])
+        for v in (dy[at], dy[at].copy()):
+            np.testing.assert_array_equal(cugn.group_norm_backward(v, x[at], groups, **options).dx, dx[at])
+    turned = x.swapaxes(0, 1).copy().swapaxes(0, 1)
+    np.testing.assert_array_equal(cugn.group_norm(turned, groups, **options), y)
+    np.testing.assert_array_equal(cugn.group_norm_backward(dy, turned, groups, **options).dx, dx)
+
+
 @pytest.mark.rare(when=lambda dtype, options: is_rare(dtype, labels="labels" in options, masks="where" in options))
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("dtype", FLOATS)

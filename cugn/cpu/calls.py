@@ -29,7 +29,7 @@ class _Ready(NamedTuple):
     """What a plan's calls of one operation share."""
 
     setting: int
-    """Number of threads that it was prepared for."""
+    """`threads.setting` that it was prepared for."""
     entry: Callable[..., int]
     function: int
     """Address of the kernel's native entry, for helpers."""
@@ -128,7 +128,7 @@ def _kind(vector: Array, otherwise: str) -> int:
 
 def _ready(entry: tuple[Callable[..., int], int], shape: geometry.Geometry, weight: Array, bias: Array) -> _Ready:
     plain = _plain(weight) and _plain(bias)
-    return _Ready(threads.count, *entry, shape.address, shape.work_bytes, shape.threads, plain, [], shape)
+    return _Ready(threads.setting(), *entry, shape.address, shape.work_bytes, shape.threads, plain, [], shape)
 
 
 def enter(ready: _Ready, *arguments: int) -> None:
@@ -161,7 +161,7 @@ def _kind_of_work(plan: Plan, shape: geometry.Geometry, compute: str) -> Kind:
 def _prepare_forward(plan: Plan, x: Array, weight: Array, bias: Array, where: Array, out: Array) -> _Ready:
     compute = "float64" if plan.y_dtype == "float64" else "float32"
     shape = geometry.of(
-        plan, [x, out], threads.count, compute=compute, where=where, phases=2,
+        plan, [x, out], threads.setting(), compute=compute, where=where, phases=2,
         weight_kind=_kind(weight, plan.y_dtype), bias_kind=_kind(bias, plan.y_dtype),
     )  # fmt: skip
     kind = _kind_of_work(plan, shape, compute)._replace(table=shape.table)
@@ -173,7 +173,7 @@ def forward(plan: Plan, x: Array, weight: Array, bias: Array, where: Array, out:
     if out is None:
         out = _empty_result(plan, x)
     ready: _Ready | None = plan.__dict__.get("cpu_forward")
-    if ready is None or ready[0] != threads.count:
+    if ready is None or ready[0] != threads.setting():
         ready = plan.__dict__["cpu_forward"] = _prepare_forward(plan, x, weight, bias, where, out)
     if not ready.plain:
         weight, bias = _vector(weight), _vector(bias)
@@ -192,7 +192,7 @@ def _prepare_backward(
     wide = "float64" in (plan.y_dtype, plan.weight_dtype) or _smallest(plan) <= SMALL_GROUP
     compute = "float64" if wide else "float32"
     shape = geometry.of(
-        plan, [x, dy, out], threads.count, compute=compute, where=where, phases=phases,
+        plan, [x, dy, out], threads.setting(), compute=compute, where=where, phases=phases,
         sums=geometry.SUMS + plan.masked, gradients=2,
         weight_kind=_kind(weight, plan.y_dtype), bias_kind=_kind(bias, plan.y_dtype),
     )  # fmt: skip
@@ -244,7 +244,7 @@ def backward(
     first = 0 if mean is None else 1
     name = "cpu_backward" if mean is None else "cpu_backward_given"
     ready: _Ready | None = plan.__dict__.get(name)
-    if ready is None or ready[0] != threads.count:
+    if ready is None or ready[0] != threads.setting():
         ready = plan.__dict__[name] = _prepare_backward(plan, dy, x, weight, bias, where, 3 - first, out)
     if mean is None:
         mean = np.empty(plan.stats_shape)
@@ -261,15 +261,17 @@ def backward(
     b = 0 if bias is None else id(bias)
     mask = 0 if where is None else id(where)
     enter(ready, id(x), id(dy), id(out), w, b, id(mean), id(rstd), id(dweight), id(dbias), mask, first, 0)
-    if plan.weight_dtype in ("float16", "bfloat16"):
-        kind = _dtype(plan.weight_dtype)
-        dweight, dbias = dweight.astype(kind), dbias.astype(kind)
-    return out, dweight, dbias
+    return out, *in_weight_dtype(plan, dweight, dbias)
 
 
-def _dtype(name: str) -> Any:
-    if name == "bfloat16":
+def in_weight_dtype(plan: Plan, *sums: Array) -> tuple[Array, ...]:
+    """Gradients of the channels as the caller gets them; beyond the range of a 16-bit type they are infinite."""
+    if plan.weight_dtype not in ("float16", "bfloat16"):
+        return sums
+    dtype: Any = np.float16
+    if plan.weight_dtype == "bfloat16":
         import ml_dtypes
 
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
+        dtype = ml_dtypes.bfloat16
+    with np.errstate(over="ignore"):
+        return tuple(values.astype(dtype) for values in sums)

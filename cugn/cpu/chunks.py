@@ -112,6 +112,21 @@ def move_chunk(
                 index += count
 
 
+@apart
+def sample_of_axes(geometry: int, array: int, n: int) -> int:
+    """Bytes from the first sample of an array to sample n, by its batch axes."""
+    axes = array_word(geometry, array, w.AXES)
+    return offset_of(axes + 32, load_i64(axes, 1), n)
+
+
+@inner
+def sample_at(geometry: int, array: int, base: int, n: int) -> int:
+    """Address of a sample of a dense array."""
+    if array_word(geometry, array, w.APART) == 0:
+        return base + n * array_word(geometry, array, w.SN)
+    return base + sample_of_axes(geometry, array, n)
+
+
 @inner
 def open_dense(
     geometry: int, array: int, base: int, n: int, row0: int, rows: int, channel0: int, channels: int,
@@ -119,7 +134,7 @@ def open_dense(
 ) -> int:  # fmt: skip
     """Address of a dense array's chunk."""
     inside = (channel0 * word(geometry, w.INNER) + start) * array_word(geometry, array, w.ITEMSIZE)
-    return base + n * array_word(geometry, array, w.SN) + row0 * array_word(geometry, array, w.SO) + inside
+    return sample_at(geometry, array, base, n) + row0 * array_word(geometry, array, w.SO) + inside
 
 
 @inner

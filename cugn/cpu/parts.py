@@ -31,14 +31,14 @@ def _prepared(
 ) -> _Ready:
     """What the calls of an operation under this plan share; arrays of x's shape, what is written last."""
     ready: _Ready | None = plan.__dict__.get(f"cpu_{operation}")
-    if ready is not None and ready.setting == threads.count:
+    if ready is not None and ready.setting == threads.setting():
         return ready
     small = kernel == "backward" and _smallest(plan) <= SMALL_GROUP
     # sums are given in float64, and are
     wide = plan.y_dtype == "float64" or small or operation == "backward_sums"
     compute = "float64" if wide else "float32"
     shape = geometry.of(
-        plan, arrays, threads.count, compute=compute, phases=2,
+        plan, arrays, threads.setting(), compute=compute, phases=2,
         weight_kind=_kind(weight, plan.y_dtype), bias_kind=_kind(bias, plan.y_dtype), **options,
     )  # fmt: skip
     # a backward's rows group by group have their sums and dx in one phase

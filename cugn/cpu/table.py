@@ -16,6 +16,7 @@ from .access import word
 from .activate import activation_kernels
 from .apply import HEAD_FROM
 from .block_moments import add_to
+from .chunks import sample_at
 from .compile import inner
 from .convert import loader, storer, to_compute
 from .simd import (
@@ -105,8 +106,8 @@ def apply_sample_kernel(x: str, y: str, compute: str, activation: str | None) ->
     def apply_sample(geometry: int, call: int, n: int, store: int, scratch: int) -> None:
         parameters(geometry, call, scratch)
         size = word(geometry, w.GROUP_CHANNELS)
-        px = load_i64(call, _X) + n * word(geometry, w.ARRAYS + _X * w.ARRAY_WORDS + w.SN)
-        py = load_i64(call, _Y) + n * word(geometry, w.ARRAYS + _Y * w.ARRAY_WORDS + w.SN)
+        px = sample_at(geometry, _X, load_i64(call, _X), n)
+        py = sample_at(geometry, _Y, load_i64(call, _Y), n)
         weight = scratch + word(geometry, w.COEFFICIENTS_AT)
         bias = weight + word(geometry, w.COEFFICIENT_BYTES)
         stream = word(geometry, w.STREAM) != 0
@@ -261,9 +262,9 @@ def sample_kernel(x: str, y: str, compute: str, activation: str | None) -> Any:
         parameters(geometry, call, scratch)
         groups = word(geometry, w.GROUPS)
         size = word(geometry, w.GROUP_CHANNELS)
-        px = load_i64(call, _X) + n * word(geometry, w.ARRAYS + _X * w.ARRAY_WORDS + w.SN)
-        pv = load_i64(call, _DY) + n * word(geometry, w.ARRAYS + _DY * w.ARRAY_WORDS + w.SN)
-        py = load_i64(call, _OUT) + n * word(geometry, w.ARRAYS + _OUT * w.ARRAY_WORDS + w.SN)
+        px = sample_at(geometry, _X, load_i64(call, _X), n)
+        pv = sample_at(geometry, _DY, load_i64(call, _DY), n)
+        py = sample_at(geometry, _OUT, load_i64(call, _OUT), n)
         mean = load_i64(call, w.CALL_MEAN) + 8 * n * groups
         rstd = load_i64(call, w.CALL_RSTD) + 8 * n * groups
         weight = scratch + word(geometry, w.COEFFICIENTS_AT)

@@ -11,7 +11,6 @@ from ..plan import Plan
 from . import geometry
 from .calls import (
     SMALL_GROUP,
-    _dtype,
     _empty_result,
     _kernel,
     _kind,
@@ -20,6 +19,7 @@ from .calls import (
     _ready,
     _smallest,
     _vector,
+    in_weight_dtype,
 )
 from .parts import run
 
@@ -29,7 +29,7 @@ Array = Any
 def _prepared(plan: Plan, operation: str, arrays: list[Any], weight: Array, bias: Array, where: Array) -> _Ready:
     """What the calls of an operation under this plan share; x, then what is read, then what is written."""
     ready: _Ready | None = plan.__dict__.get(f"cpu_{operation}")
-    if ready is not None and ready.setting == threads.count:
+    if ready is not None and ready.setting == threads.setting():
         return ready
     from .kernel_tangent import totals_of
     from .tangent_loops import coefficients_of
@@ -38,7 +38,8 @@ def _prepared(plan: Plan, operation: str, arrays: list[Any], weight: Array, bias
     small = _smallest(plan) <= SMALL_GROUP
     compute = "float64" if plan.y_dtype == "float64" or small else "float32"
     shape = geometry.of(
-        plan, arrays, threads.count, compute=compute, where=where, phases=3, sums=totals_of(second, plan.activation),
+        plan, arrays, threads.setting(), compute=compute, where=where, phases=3,
+        sums=totals_of(second, plan.activation),
         gradients=2 if second else 0, writes=2 if second else 1, vectors=4, coefficients=coefficients_of(second),
         weight_kind=_kind(weight, plan.y_dtype), bias_kind=_kind(bias, plan.y_dtype),
     )  # fmt: skip
@@ -90,7 +91,4 @@ def double_backward(
     statistics = np.empty(plan.stats_shape), np.empty(plan.stats_shape)
     vectors = (_vector(weight), _vector(bias), _tangent(ddweight), _tangent(ddbias))
     run(ready, x, ddx, dy, gdy, gx, *vectors, *statistics, gweight, gbias, where)
-    if plan.weight_dtype in ("float16", "bfloat16"):
-        kind = _dtype(plan.weight_dtype)
-        gweight, gbias = gweight.astype(kind), gbias.astype(kind)
-    return gdy, gx, gweight, gbias
+    return gdy, gx, *in_weight_dtype(plan, gweight, gbias)

@@ -38,11 +38,12 @@ GROUP_CHANNELS = 53
 (OWN_RECORDS_AT, PADDED_WIDTH) = range(54, 56)
 # room for a chunk of a mask; bytes at the start of a workspace that are zero when a call begins
 (MASK_PIECE_AT, CLEARED) = range(56, 58)
-# eight arrays of eight words: (strided, sn, so, itemsize, address of its axes); the last is the mask
+# eight arrays of eight words: (strided, sn, so, itemsize, address of its axes, whether its batch axes are several,
+# which no stride goes through); the last is the mask
 ARRAYS, ARRAY_WORDS = 58, 8
 MASK = 7
 WORDS = ARRAYS + (MASK + 1) * ARRAY_WORDS
-(STRIDED, SN, SO, ITEMSIZE, AXES) = range(5)
+(STRIDED, SN, SO, ITEMSIZE, AXES, APART) = range(6)
 
 # A record, 16 float64 for each group of a task: what the statistics mean for its elements.
 # x_hat = (x*POWER + MINUS_HIGH + MINUS_LOW) * RATIO; POWER is the power of two next to rstd

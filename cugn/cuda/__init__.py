@@ -37,7 +37,7 @@ def forward(plan: Plan, x: Array, weight: Array, bias: Array, where: Array, out:
         for piece in pieces(plan, {"x": x}, where):
             w, b = piece.of(weight), piece.of(bias)
             y, *of_piece = forward(piece.plan, piece.arrays["x"], w, b, piece.where, None)
-            piece.store(y, out, plan)
+            piece.store(y, out)
             statistics.store(piece, of_piece)
         return out, *statistics.results()
 
@@ -68,7 +68,7 @@ def backward(
             if given is not None:
                 arrays["rstd"] = contiguous(given.reshape(plan.N, plan.G)[piece.samples, piece.groups])
             call = run("backward_of_piece", piece.plan, arrays, piece.where)
-            piece.store(call["y"], out, plan)
+            piece.store(call["y"], out)
             sums.store(piece, call)
         return out, *sums.results()
 
@@ -95,7 +95,7 @@ def jvp(
         for piece in pieces(plan, {"x": x, "v": tx}, where):
             w, b, tw, tb = (piece.of(p) for p in (weight, bias, tweight, tbias))
             ty = jvp(piece.plan, piece.arrays["v"], piece.arrays["x"], w, b, tw, tb, piece.where, None)
-            piece.store(ty, out, plan)
+            piece.store(ty, out)
         return out
 
 
@@ -122,8 +122,8 @@ def double_backward(
         for piece in pieces(plan, {"x": x, "u": ddx, "v": dy}, where):
             arrays = {**piece.arrays, **{name: piece.of(parameter) for name, parameter in parameters.items()}}
             call = run("double_backward_of_piece", piece.plan, arrays, piece.where)
-            piece.store(call["y"], gdy, plan)
-            piece.store(call["gx"], gx, plan)
+            piece.store(call["y"], gdy)
+            piece.store(call["gx"], gx)
             sums.store(piece, call)
         return gdy, gx, *sums.results()
 
@@ -156,7 +156,7 @@ def normalize(plan: Plan, x: Array, mean: Array, rstd: Array, weight: Array, bia
         for piece in pieces(plan, {"x": x}, None):
             m, r = (s.reshape(plan.N, plan.G)[piece.samples, piece.groups] for s in (mean, rstd))
             y = normalize(piece.plan, piece.arrays["x"], m, r, piece.of(weight), piece.of(bias), None)
-            piece.store(y, out, plan)
+            piece.store(y, out)
         return out
 
 

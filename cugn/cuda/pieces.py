@@ -1,4 +1,8 @@
-"""Arrays that no dense layout describes: worked on in dense copies of some groups of some samples, piece by piece."""
+"""Arrays that no dense layout describes: worked on in dense copies of some groups of some samples, piece by piece.
+
+Samples that are dense, of batch axes that cannot be run through as one, are copied whole and as they are: the bits of a
+sample may not depend on the batch around it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,7 @@ PIECE_BYTES = 8 << 20
 
 
 class Piece(NamedTuple):
-    """Some groups of some samples, copied to dense arrays (n, channels, S)."""
+    """Some groups of some samples, copied to dense arrays (n, outer, channels, inner)."""
 
     plan: Plan
     arrays: dict[str, Array]
@@ -31,16 +35,18 @@ class Piece(NamedTuple):
     samples: slice
     groups: slice
     channels: slice
+    axes: tuple[int, ...]
+    """Those of the whole arrays, in the order of the piece's."""
     place: tuple[slice, ...]
-    """Of the piece in an array whose axes are permuted to batch, channel, spatial."""
+    """Of the piece in an array whose axes are so permuted."""
 
     def of(self, parameter: Array) -> Array:
         """Its channels of a weight or bias."""
         return None if parameter is None else parameter[self.channels]
 
-    def store(self, dense: Array, out: Array, plan: Plan) -> None:
+    def store(self, dense: Array, out: Array) -> None:
         """Copy what was computed for it to where it belongs."""
-        target = out.transpose((*plan.batch_axes, plan.channel_axis, *plan.spatial_axes))[self.place]
+        target = out.transpose(self.axes)[self.place]
         copy(dense.reshape(target.shape), target)
 
 
@@ -51,10 +57,13 @@ def pieces(plan: Plan, arrays: dict[str, Array], where: Array) -> Iterator[Piece
     """
     import cupy
 
-    axes = (*plan.batch_axes, plan.channel_axis, *plan.spatial_axes)
+    layout = plan.layout
+    assert layout is not None
+    whole = layout.kind == "samples"
+    axes = layout.axes if whole else (*plan.batch_axes, plan.channel_axis, *plan.spatial_axes)
+    outer, inner = (layout.outer, layout.inner) if whole else (1, plan.S)
     views = {name: array.transpose(axes) for name, array in arrays.items()}
     mask = None if where is None else cupy.broadcast_to(where, plan.shape).transpose(axes)
-    batch = len(plan.batch_axes)
     lead = next((i for i, n in enumerate(plan.batch_shape) if n > 1), None)
     count = 1 if lead is None else plan.batch_shape[lead]
     size = plan.size * next(iter(arrays.values())).itemsize
@@ -64,7 +73,7 @@ def pieces(plan: Plan, arrays: dict[str, Array], where: Array) -> Iterator[Piece
     if dtype in INTEGERS and len(arrays) > 1:
         dtype = "float64" if plan.y_dtype == "float64" else "float32"
     group_step = plan.G
-    if plan.labels is None and size // count > budget:
+    if plan.labels is None and not whole and size // count > budget:
         group_step = max(1, budget * count * plan.G // size)
     D = plan.C // plan.G if plan.labels is None else 0
     for start in range(0, count, step):
@@ -76,14 +85,14 @@ def pieces(plan: Plan, arrays: dict[str, Array], where: Array) -> Iterator[Piece
             index = [slice(None)] * len(axes)
             if lead is not None:
                 index[lead] = slice(start, stop)
-            index[batch] = channels
+            index[axes.index(plan.channel_axis)] = channels
             n, C = (stop - start) * rest, channels.stop - channels.start
 
             def dense(
                 view: Array,
                 dtype: Any,
                 index: tuple[slice, ...] = tuple(index),
-                shape: tuple[int, ...] = (n, C, plan.S),
+                shape: tuple[int, ...] = (n, outer, C, inner),
             ) -> Array:
                 part = view[index]
                 result = cupy.empty(part.shape, dtype)
@@ -91,26 +100,28 @@ def pieces(plan: Plan, arrays: dict[str, Array], where: Array) -> Iterator[Piece
                 return result.reshape(shape)
 
             yield Piece(
-                _piece_plan(plan, n, C, groups.stop - groups.start, dtype),
+                _piece_plan(plan, (n, outer, C, inner), groups.stop - groups.start, dtype),
                 {name: dense(view, dtype_of(dtype)) for name, view in views.items()},
                 None if mask is None else dense(mask, np.bool_),
                 slice(start * rest, stop * rest),
                 groups,
                 channels,
+                axes,
                 tuple(index),
             )
 
 
 @lru_cache(maxsize=256)
-def _piece_plan(plan: Plan, n: int, C: int, G: int, dtype: str) -> Plan:
-    """The plan of a dense piece, x in this dtype."""
-    dense = Layout("dense", (0, 1, 2), n, 1, C, plan.S, ((C * plan.S, plan.S),) * 4)
+def _piece_plan(plan: Plan, shape: tuple[int, int, int, int], G: int, dtype: str) -> Plan:
+    """The plan of a dense piece (n, outer, channels, inner), x in this dtype."""
+    n, outer, C, inner = shape
+    dense = Layout("dense", (0, 1, 2, 3), *shape, ((outer * C * inner, C * inner),) * 4)
     return replace(
         plan,
-        shape=(n, C, plan.S),
+        shape=shape,
         batch_axes=(0,),
-        channel_axis=1,
-        spatial_axes=(2,),
+        channel_axis=2,
+        spatial_axes=(1, 3),
         batch_shape=(n,),
         N=n,
         C=C,
