@@ -16,14 +16,14 @@ PYTHONS = ["3.11", "3.12", "3.13"]
 # The lower ends that pyproject.toml names, and the oldest of the test extras that know them.
 LOWEST = ["numpy==2.0.*", "numba==0.61.*", "array-api-compat==1.11.*", "ml_dtypes==0.5.0", "dask==2024.8.*"]
 # What needs the source tree (examples, docs, benchmarks, builds) is tested in the tree, not beside an installed wheel.
-OF_THE_TREE = ("examples", "docs", "asv", "peers", "wheel", "simt", "cuda", "example_digits", "claims")
+OF_THE_TREE = ("examples", "docs", "asv", "peers", "wheel", "simt", "cuda", "example_digits", "claims", "readme")
 
 
 def _outside(session: nox.Session) -> Path:
     """A copy of the tests without the package beside them."""
     folder = Path(session.create_tmp())
     shutil.rmtree(folder / "tests", ignore_errors=True)
-    shutil.copytree("tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__", "simt", "gpu"))
+    shutil.copytree("tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__", "gpu"))
     shutil.copy("pyproject.toml", folder / "pyproject.toml")
     for name in OF_THE_TREE:
         for path in folder.glob(f"tests/test_{name}*.py"):
