@@ -170,9 +170,6 @@ def setting() -> int:
 
 def run(entry: Callable[..., int], arguments: tuple[int, ...], threads: int) -> None:
     """Call a kernel with the help of up to threads - 1 others; returns when all of its work is done."""
-    if _here.alone:
-        entry(ALONE, 0, *arguments)
-        return
     pool = _pool
     if pool.size < threads - 1:
         pool.grow(threads - 1)
