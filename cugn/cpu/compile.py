@@ -10,10 +10,11 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numba
-from llvmlite.binding import Linkage
+from llvmlite.binding import Linkage, parse_assembly
 from numba.core import types
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
@@ -51,7 +52,7 @@ class _KernelLibrary(JITCodeLibrary):
         for function in self._final_module.functions:
             if not function.is_declaration and function.linkage == Linkage.linkonce_odr:
                 function.linkage = "internal"
-                if any(name in function.name for name in _APART):
+                if any(name in function.name for name in _APART) and _can_stay_apart():
                     function.add_function_attribute("noinline")
         try:
             passes, builder = self.codegen._module_pass_manager(loop_vectorize=False, slp_vectorize=False, opt=_LEVEL)
@@ -59,6 +60,18 @@ class _KernelLibrary(JITCodeLibrary):
             super()._optimize_final_module()
         else:
             passes.run(self._final_module, builder)
+
+
+@cache
+def _can_stay_apart() -> bool:
+    """Whether "noinline" goes to the function: llvmlite 0.44 gives it to the result, and LLVM refuses the module."""
+    module = parse_assembly("define void @f() { ret void }")
+    module.get_function("f").add_function_attribute("noinline")
+    try:
+        module.verify()
+    except RuntimeError:
+        return False  # then LLVM chooses, and some kernels take longer to compile
+    return True
 
 
 class _KernelCompiler(Compiler):
