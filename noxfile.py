@@ -24,6 +24,7 @@ def _outside(session: nox.Session) -> Path:
     folder = Path(session.create_tmp())
     shutil.rmtree(folder / "tests", ignore_errors=True)
     shutil.copytree("tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__", "gpu"))
+    shutil.copytree("examples", folder / "examples", dirs_exist_ok=True)  # which tests of shards import
     shutil.copy("pyproject.toml", folder / "pyproject.toml")
     for name in OF_THE_TREE:
         for path in folder.glob(f"tests/test_{name}*.py"):

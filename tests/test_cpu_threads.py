@@ -173,24 +173,30 @@ import signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
 expected = call()
 main = threading.get_ident()
-interrupted = 0
-stop = threading.Event()
+sent = interrupted = 0
+armed = done = False  # no locks: one that is interrupted may stay locked
 def interrupter():
-    while not stop.wait(0.003):
-        signal.pthread_kill(main, signal.SIGINT)
-thread = threading.Thread(target=interrupter)
+    global sent
+    while not done:
+        time.sleep(0.003)
+        if armed and sent == interrupted:  # the main thread is where it expects one
+            sent += 1
+            signal.pthread_kill(main, signal.SIGINT)
+thread = threading.Thread(target=interrupter, daemon=True)
 thread.start()
 end = time.monotonic() + 2
-while time.monotonic() < end:
+while not done:
     try:
         while time.monotonic() < end:
+            armed = True
             call()
+        armed = False
+        time.sleep(0.1)  # the last one may be on its way
+        done = True
     except KeyboardInterrupt:
+        armed = False
         interrupted += 1
-try:
-    stop.set(); thread.join()
-except KeyboardInterrupt:
-    stop.set(); thread.join()
+thread.join()
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 assert interrupted > 3, interrupted
 assert call() == expected
