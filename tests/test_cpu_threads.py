@@ -185,13 +185,16 @@ def interrupter():
 thread = threading.Thread(target=interrupter, daemon=True)
 thread.start()
 end = time.monotonic() + 2
+def calls():
+    global armed
+    while time.monotonic() < end:
+        armed = True
+        call()
+    armed = False
+    time.sleep(0.1)  # the last one may be on its way
 while not done:
     try:
-        while time.monotonic() < end:
-            armed = True
-            call()
-        armed = False
-        time.sleep(0.1)  # the last one may be on its way
+        calls()  # in a function: a loop that jumps back within `try` may be interrupted outside of it (Python 3.13)
         done = True
     except KeyboardInterrupt:
         armed = False
