@@ -593,3 +593,20 @@ def test_a_chunk_is_computed_by_the_thread_of_its_task(monkeypatch: pytest.Monke
     with pytest.raises(ZeroDivisionError), threads.alone():
         _ = 1 / 0
     assert not threads._here.alone
+
+
+def test_large_results_of_chunks_leave_the_caches() -> None:
+    """8 MB stay in cache for the caller of one array; of a chunk, whose neighbours need the room, they do not."""
+    from cugn.cpu import geometry, words
+    from cugn.engines import resolve
+
+    def streams(size: int, setting: int) -> bool:
+        x = np.empty((1, 2, size), np.float32)
+        plan = resolve("forward", x, 2, [], 1e-5, 1, 0, None)[1]
+        return bool(geometry.of(plan, [x, x], setting, compute="float32", phases=2).words[words.STREAM])
+
+    assert [streams(size, setting) for size in (1 << 18, 1 << 20, 1 << 22) for setting in (0, 2)] == [
+        *(False, False),  # 2 MB
+        *(True, False),  # 8 MB
+        *(True, True),  # 32 MB
+    ]
