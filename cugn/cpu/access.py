@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .compile import inner
-from .simd import load_i64
+from .memory import load_i64
 from .words import ARRAY_WORDS, ARRAYS
 
 

@@ -19,21 +19,8 @@ from typing import Any
 
 from .compile import inner
 from .convert import loader, storer
-from .simd import (
-    LANES,
-    first_lanes,
-    fma,
-    less,
-    load_f64,
-    reduce_add,
-    reduce_max,
-    rounding,
-    select,
-    splat,
-    store_f64,
-    vector_max,
-    widen,
-)
+from .memory import load_f64, store_f64
+from .simd import LANES, first_lanes, fma, less, reduce_add, reduce_max, rounding, select, splat, vector_max, widen
 from .words import PARTIAL_BYTES
 
 BLOCK = {"float32": 4096, "float64": 2048}

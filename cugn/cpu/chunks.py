@@ -7,7 +7,7 @@ from typing import Any
 from . import words as w
 from .access import array_word, word
 from .compile import apart, inner
-from .simd import load_i32, load_i64, load_u8, load_u16, store_i32, store_i64, store_u8, store_u16
+from .memory import load_i32, load_i64, load_u8, load_u16, store_i32, store_i64, store_u8, store_u16
 
 
 @inner

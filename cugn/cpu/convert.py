@@ -17,18 +17,16 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from .compile import inner
+from .memory import I16, I64, pointer
 from .simd import (
     F32,
     F64,
-    I16,
-    I64,
     LANES,
     call_intrinsic,
     constant,
     cpu_has,
     lanes_below,
     narrow_scalar,
-    pointer,
     splat,
     suffix,
     vector_of,

@@ -16,19 +16,8 @@ from typing import Any
 from .block_moments import store_partial, two_sum_error
 from .compile import inner
 from .convert import loader
-from .simd import (
-    LANES,
-    bits_float,
-    float_bits,
-    fma,
-    less,
-    reduce_add,
-    reduce_max,
-    select,
-    splat,
-    vector_abs,
-    vector_max,
-)
+from .memory import bits_float, float_bits
+from .simd import LANES, fma, less, reduce_add, reduce_max, select, splat, vector_abs, vector_max
 
 _load64_part = loader("float64", "float64")[1]
 

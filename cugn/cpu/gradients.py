@@ -10,7 +10,8 @@ from . import words as w
 from .access import word
 from .compile import inner
 from .convert import loader, storer
-from .simd import LANES, load_i64, rounding, splat
+from .memory import load_i64
+from .simd import LANES, rounding, splat
 from .sums import accumulate
 
 _load64, _ = loader("float64", "float64")

@@ -9,23 +9,18 @@ from . import words as w
 from .access import word
 from .compile import inner
 from .convert import loader, storer, to_compute
+from .memory import bits_float, load_f32, load_f64, load_i64, store_f64, store_i64
 from .program import Kind
 from .simd import (
     LANES,
-    bits_float,
     both,
     equal,
     first_lanes,
     fma,
     less_equal,
-    load_f32,
-    load_f64,
-    load_i64,
     reduce_max,
     select,
     splat,
-    store_f64,
-    store_i64,
     vector_abs,
     widen_scalar,
     without,

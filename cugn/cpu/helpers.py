@@ -19,12 +19,13 @@ from numba.extending import intrinsic
 from ..threads import ALONE, CALLER
 from . import words as w
 from .access import word
+from .atomics import atomic_add, atomic_load, atomic_store, claim, pause, store_fence
 from .compile import inner
 from .gradients import gather_gradients
 from .groups import data_of, join
+from .memory import I64, load_i64, store_i64
 from .program import Program
 from .schedule import give_way, scheduler, wait_until_least
-from .simd import I64, atomic_add, atomic_load, atomic_store, claim, load_i64, pause, store_fence, store_i64
 
 MOST_ARGUMENTS = 24
 """Of a kernel's entry. A helper passes as many, whatever the kernel takes: in C's calling conventions it does not see

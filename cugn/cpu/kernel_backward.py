@@ -26,8 +26,9 @@ from .gradients import task_gradients
 from .groups import coefficient_kernel, data_of, given_records, group_of, moments_phase, record_lanes, start_call
 from .labelled import group_sums
 from .masked import kept_sums, mask_step, open_mask
+from .memory import bits_float, load_f64, load_i64, store_f64, store_i64
 from .program import GATES, Kind, Program
-from .simd import LANES, bits_float, fma, load_f64, load_i64, store_f64, store_i64
+from .simd import LANES, fma
 from .statistics import itemsize, pair, record_writer
 from .sums import add_layers, sum_kernels
 from .table import sample_kernel

@@ -16,8 +16,8 @@ from .apply import apply_kernels
 from .chunks import chunk_memory, chunk_of
 from .compile import inner
 from .groups import coefficient_kernel, data_of, given_records, group_of, moments_phase, record_lanes, start_call
+from .memory import load_f64, load_i64, store_i64
 from .program import Kind, Program
-from .simd import load_f64, load_i64, store_i64
 from .statistics import itemsize
 from .table import apply_sample_kernel
 

@@ -26,8 +26,9 @@ from .gradients import task_gradients
 from .groups import coefficient_kernel, data_of, group_of, load_vector, moments_phase, record_lanes, start_call
 from .labelled import group_sums
 from .masked import mask_step, open_mask
+from .memory import load_f64, load_i64, store_f64, store_i64
 from .program import Kind, Program
-from .simd import LANES, load_f64, load_i64, store_f64, store_i64
+from .simd import LANES
 from .statistics import itemsize
 from .sums import add_layers
 from .tangent_loops import (

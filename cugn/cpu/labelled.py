@@ -15,6 +15,7 @@ from .compile import inner
 from .convert import loader, storer
 from .exact import exact_sum, merge_arrays
 from .masked import finish_columns
+from .memory import load_f64, load_i64, store_f64
 from .simd import (
     LANES,
     first_lane,
@@ -22,13 +23,10 @@ from .simd import (
     fma,
     folded_sums,
     less,
-    load_f64,
-    load_i64,
     reduce_add,
     rounding,
     select,
     splat,
-    store_f64,
     store_folded,
     widen,
 )

@@ -16,6 +16,7 @@ from .block_moments import BLOCK, add_to, merge, store_partial, two_sum_error
 from .chunks import offset_of
 from .compile import inner
 from .convert import loader, mask_loader, storer
+from .memory import load_i64, load_u8, store_f64, store_u8
 from .simd import (
     LANES,
     add_lanes,
@@ -27,16 +28,12 @@ from .simd import (
     first_lanes,
     fma,
     less,
-    load_i64,
-    load_u8,
     no_lanes,
     reduce_add,
     reduce_max,
     rounding,
     select,
     splat,
-    store_f64,
-    store_u8,
     vector_max,
     widen,
     without,

@@ -16,8 +16,9 @@ from numba.core.typing import signature
 from ..threads import ALONE, CALLER
 from . import words as w
 from .access import word
+from .atomics import atomic_add, atomic_load, pause
 from .compile import inner
-from .simd import atomic_add, atomic_load, load_i64, pause, store_i64
+from .memory import load_i64, store_i64
 
 _SPINS = 2000  # about 30 us of pause; then the processor is offered to whoever holds the chunk that is waited for
 

@@ -1,10 +1,9 @@
-"""Explicit 16-lane vectors for Numba: a value type, its arithmetic, and memory by address.
+"""Explicit 16-lane vectors for Numba: a value type, and its arithmetic.
 
 A kernel written with these does the same operations on the same lanes in the body of a loop and in its masked tail,
 so that an element's bits never depend on where in a run it lies; nothing is left to the auto-vectorizer, and no
 fast-math flag is needed. LLVM splits 16 lanes over as many registers as the CPU needs: one AVX-512 register for
-float32, two AVX2 ones, four of NEON. Addresses are plain int64: no array is boxed, counted or bounds-checked inside
-a kernel.
+float32, two AVX2 ones, four of NEON.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic
 
+from .memory import I8, I16, I64, pointer
 from .words import FOLDED
 
 LANES = 16
@@ -46,7 +46,6 @@ _LLVM = {
     types.int64: ir.IntType(64),
     types.boolean: ir.IntType(1),
 }
-I8, I16, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(64)
 
 
 def vector_of(lane: ir.Type) -> ir.VectorType:
@@ -408,45 +407,6 @@ def as_float64(typingctx: Any, count: Any) -> Any:
     return F64(I32), lambda context, builder, sig, args: builder.sitofp(args[0], vector_of(ir.DoubleType()))
 
 
-# ------------------------------------------------------------------------------------------------------------ memory
-
-
-def pointer(builder: Any, address: Any, target: ir.Type) -> Any:
-    """An int64 address as a pointer to target."""
-    return builder.inttoptr(address, ir.PointerType(target))
-
-
-def _scalar_access(numba_type: Any, llvm_type: ir.Type) -> tuple[Any, Any]:
-    size = {"i8": 1, "i16": 2, "i32": 4, "float": 4}.get(str(llvm_type), 8)
-
-    @intrinsic
-    def load(typingctx: Any, base: Any, index: Any) -> Any:
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            where = builder.add(args[0], builder.mul(args[1], ir.Constant(I64, size)))
-            return builder.load(pointer(builder, where, llvm_type), align=1)
-
-        return numba_type(types.int64, types.int64), codegen
-
-    @intrinsic
-    def store(typingctx: Any, base: Any, index: Any, value: Any) -> Any:
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            where = builder.add(args[0], builder.mul(args[1], ir.Constant(I64, size)))
-            builder.store(args[2], pointer(builder, where, llvm_type), align=1)
-            return context.get_dummy_value()
-
-        return types.none(types.int64, types.int64, numba_type), codegen
-
-    return load, store
-
-
-load_i64, store_i64 = _scalar_access(types.int64, I64)
-load_f64, store_f64 = _scalar_access(types.float64, ir.DoubleType())
-load_f32, store_f32 = _scalar_access(types.float32, ir.FloatType())
-load_i32, store_i32 = _scalar_access(types.int32, ir.IntType(32))
-load_u16, store_u16 = _scalar_access(types.uint16, I16)
-load_u8, store_u8 = _scalar_access(types.uint8, I8)
-
-
 @intrinsic
 def copy_bytes(typingctx: Any, target: Any, source: Any) -> Any:
     """Copy 16 bytes."""
@@ -470,78 +430,3 @@ def fill_bytes(typingctx: Any, target: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.none(types.int64, types.int64), codegen
-
-
-@intrinsic
-def float_bits(typingctx: Any, value: Any) -> Any:
-    """A float64's bits as int64."""
-    return types.int64(types.float64), lambda context, builder, sig, args: builder.bitcast(args[0], I64)
-
-
-@intrinsic
-def bits_float(typingctx: Any, value: Any) -> Any:
-    """The float64 with these bits."""
-    return types.float64(types.int64), lambda context, builder, sig, args: builder.bitcast(args[0], ir.DoubleType())
-
-
-# ----------------------------------------------------------------------------------------------------------- threads
-
-
-@intrinsic
-def atomic_add(typingctx: Any, address: Any, value: Any) -> Any:
-    """Add to the int64 at an address, seen by all threads in one order; what was there before."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.atomic_rmw("add", pointer(builder, args[0], I64), args[1], "seq_cst")
-
-    return types.int64(types.int64, types.int64), codegen
-
-
-@intrinsic
-def atomic_load(typingctx: Any, address: Any) -> Any:
-    """The int64 at an address, with everything that was written before it."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.load_atomic(pointer(builder, args[0], I64), "seq_cst", 8)
-
-    return types.int64(types.int64), codegen
-
-
-@intrinsic
-def atomic_store(typingctx: Any, address: Any, value: Any) -> Any:
-    """Write the int64 at an address, after everything that was written before it."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        builder.store_atomic(args[1], pointer(builder, args[0], I64), "seq_cst", 8)
-        return context.get_dummy_value()
-
-    return types.none(types.int64, types.int64), codegen
-
-
-@intrinsic
-def claim(typingctx: Any, address: Any, expected: Any, value: Any) -> Any:
-    """Replace the int64 at an address if it is the expected one; whether it was."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        where = pointer(builder, args[0], I64)
-        return builder.extract_value(builder.cmpxchg(where, args[1], args[2], "seq_cst", "monotonic"), 1)
-
-    return types.boolean(types.int64, types.int64, types.int64), codegen
-
-
-def _host_call(intrinsics: dict[str, str]) -> Any:
-    @intrinsic
-    def instruction(typingctx: Any) -> Any:
-        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            name = intrinsics.get(builder.module.triple.split("-")[0])
-            if name is not None:
-                call_intrinsic(builder, name, ir.VoidType(), [])
-            return context.get_dummy_value()
-
-        return types.none(), codegen
-
-    return instruction
-
-
-pause = _host_call({"x86_64": "llvm.x86.sse2.pause"})
-store_fence = _host_call({"x86_64": "llvm.x86.sse.sfence"})

@@ -15,21 +15,8 @@ from .convert import loader, storer
 from .exact import merge_arrays
 from .labelled import merge_label, short_runs, sort_partials
 from .masked import SHORT, mask_step, masked_kernels, open_mask
-from .simd import (
-    LANES,
-    bits_float,
-    float_bits,
-    load_f64,
-    load_i64,
-    narrow_scalar,
-    reduce_max,
-    splat,
-    store_f64,
-    vector_abs,
-    vector_max,
-    widen,
-    widen_scalar,
-)
+from .memory import bits_float, float_bits, load_f64, load_i64, store_f64
+from .simd import LANES, narrow_scalar, reduce_max, splat, vector_abs, vector_max, widen, widen_scalar
 from .words import PARTIAL_BYTES
 
 _load64, _ = loader("float64", "float64")

@@ -17,20 +17,8 @@ from .activate import activation_kernels
 from .block_moments import add_to
 from .compile import inner
 from .convert import loader, storer, to_compute
-from .simd import (
-    LANES,
-    equal,
-    first_lanes,
-    fma,
-    folded_sums,
-    reduce_add,
-    rounding,
-    select,
-    splat,
-    store_f64,
-    store_folded,
-    widen,
-)
+from .memory import store_f64
+from .simd import LANES, equal, first_lanes, fma, folded_sums, reduce_add, rounding, select, splat, store_folded, widen
 from .words import FOLDED_SUM, SUMS
 
 _ROWS = 4

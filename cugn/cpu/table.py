@@ -19,21 +19,8 @@ from .block_moments import add_to
 from .chunks import sample_at
 from .compile import inner
 from .convert import loader, storer, to_compute
-from .simd import (
-    LANES,
-    bits_float,
-    first_lanes,
-    fma,
-    load_f64,
-    load_i64,
-    reduce_add,
-    rounding,
-    select,
-    splat,
-    store_f64,
-    store_i64,
-    widen,
-)
+from .memory import bits_float, load_f64, load_i64, store_f64, store_i64
+from .simd import LANES, first_lanes, fma, reduce_add, rounding, select, splat, widen
 from .statistics import itemsize, pair, record_writer
 
 _X, _Y = 0, 1  # positions among the arrays of the forward's geometry

@@ -26,21 +26,8 @@ from .activate import derivative_kernel
 from .compile import inner
 from .convert import COMPUTE, loader, storer, to_compute
 from .masked import mask_at
-from .simd import (
-    F64,
-    I64,
-    LANES,
-    first_lanes,
-    fma,
-    load_f64,
-    pointer,
-    reduce_add,
-    select,
-    splat,
-    store_f64,
-    vector_of,
-    widen,
-)
+from .memory import I64, load_f64, pointer, store_f64
+from .simd import F64, LANES, first_lanes, fma, reduce_add, select, splat, vector_of, widen
 from .statistics import itemsize
 
 _ALIGN_FROM = 256
