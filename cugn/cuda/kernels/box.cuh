@@ -733,9 +733,10 @@ template <bool SLOW, class Op> __device__ __forceinline__ bool apply_in_lines(co
 }
 
 // Wherever vectors of the output begin and end, in the order of memory. An entry is looked up once a vector, or for as long as
-// a thread stays in its channels; eight large ones are not kept, but looked up one by one.
+// a thread stays in its channels; eight large ones are not kept, but looked up one by one, and neither are those beside eight
+// values in float64 (kept, a thread needed more than the 128 registers that it has: spills on sm_80 to sm_89).
 template <class Op> __device__ __forceinline__ void apply_anywhere(const Op& op, const Global<y_t>& out, const Box& box) {
-  constexpr bool KEEP = KEPT && (ENTRIES <= 4 || Op::FEW_REGISTERS);
+  constexpr bool KEEP = KEPT && !(REAL_IS_DOUBLE && VY == 8) && (ENTRIES <= 4 || Op::FEW_REGISTERS);
   typename Op::Entry entry[ENTRIES];
   int known = -1;  // sample and position in a row that the entries belong to
   const int segments = box.segments(), length = box.segment_length();
