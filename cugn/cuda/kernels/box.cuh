@@ -9,13 +9,13 @@
 // The order of every sum is fixed by the position in the box, never by an address: the same bits at any alignment.
 
 // Launch bounds: threads of a block, and blocks that a multiprocessor is to hold (which leaves 65536 / (threads * blocks)
-// registers). None of them makes a kernel spill that the static gate compiles. The kernels that go over a split group
+// registers). None of them makes a kernel spill (CUGN_EVERY_KERNEL=once). The kernels that go over a split group
 // have three blocks where that allows it: 12 KB of reads in flight, and sm_90 needs 8 to read and write at the memory's speed.
 #define FORWARD_BOUNDS __launch_bounds__(512, 1)
-#define MOMENTS_BOUNDS __launch_bounds__(256, 3)
+#define MOMENTS_BOUNDS __launch_bounds__(256, REAL_IS_DOUBLE && (X_DTYPE == INT8 || X_DTYPE == UINT8) ? 2 : 3)
 #define HEAVY (ACTIVATION == GELU || (REAL_IS_DOUBLE && ACTIVATION != IDENTITY))  // erfc, and exp in float64
 #define APPLY_BOUNDS \
-  __launch_bounds__(256, HEAVY || (VECTOR_CHANNELS > 1 && REAL_IS_DOUBLE) || (VECTOR_CHANNELS > 2 && (X_DTYPE != FLOAT32 || ACTIVATION != IDENTITY)) ? 2 : 3)
+  __launch_bounds__(256, HEAVY || (VECTOR_CHANNELS > 1 && (REAL_IS_DOUBLE || X_DTYPE > FLOAT64)) || (VECTOR_CHANNELS > 2 && (X_DTYPE != FLOAT32 || ACTIVATION != IDENTITY)) ? 2 : 3)
 #define MORE_THAN_SUMS (TANGENT || MASKED || ACTIVATION != IDENTITY)
 // As config._has_many_threads.
 #define LARGE_BACKWARD (!REAL_IS_DOUBLE && VECTOR_CHANNELS <= 2 && !MORE_THAN_SUMS)
@@ -506,8 +506,8 @@ struct Place {
 // vector), or 16 for any number.
 constexpr int ENTRIES = VECTOR_CHANNELS < VY ? VECTOR_CHANNELS : VY;
 // 16-bit elements in float64 arithmetic (float64 weights): eight entries would be 96 registers. They are looked up one by one;
-// so are the four of float32 where erfc takes the registers.
-#if REAL_IS_DOUBLE && ACTIVATION == GELU
+// so are the four of float32, and those of integers, where erfc takes the registers.
+#if ACTIVATION == GELU && (REAL_IS_DOUBLE || X_DTYPE > FLOAT64)
 constexpr bool KEPT = ENTRIES <= 2;
 #else
 constexpr bool KEPT = !(REAL_IS_DOUBLE && ENTRIES > 4);
