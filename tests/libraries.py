@@ -21,7 +21,7 @@ from cugn import engines, functional
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 EVERYTHING = os.environ.get("CUGN_TESTS") == "all"
-"""Whether cases run that need kernels of their own: the compiler takes five seconds for each of the CPU engine's."""
+"""Whether cases run that need kernels of their own: the compiler takes a second or two for each of the CPU engine's."""
 
 
 def is_rare(dtype: str, labels: bool = False, masks: bool = False, strides: bool = False) -> bool:

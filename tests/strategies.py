@@ -18,7 +18,7 @@ __all__ = ["Call", "calls"]
 VALUES = ("normal", "offset", "constant", "integers", "large", "small", "outlier", "nan", "inf")
 CI = os.environ.get("CUGN_HYPOTHESIS_PROFILE", "ci") == "ci" and not EVERYTHING
 INTEGERS = ("uint8",) if CI else ("int8", "uint8", "int16", "uint16")
-# Every combination of dtype, activation, labels, mask and strides is a kernel to compile, five seconds each. In the ci
+# Every combination of dtype, activation, labels, mask and strides has kernels to compile, some seconds each. In the ci
 # profile a call has one of these (labels and mask also together), the activation is silu, and dtypes that are only
 # converted are arrays as they are made, with nothing of that. The long profile draws everything.
 EXTRAS = ("activation", "labels", "mask", "strides")

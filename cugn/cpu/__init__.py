@@ -1,8 +1,8 @@
 """The CPU engine: Numba-compiled loops for NumPy arrays.
 
-A call goes `calls.py` (what a plan needs, prepared once) -> `geometry.py` (how the arrays are cut) -> a kernel:
-`schedule.py` hands out the work, `kernel_*.py` say what it is, on the vectors of
-`simd.py`.
+A call goes `calls.py` (what a plan needs, prepared once) -> `geometry.py` (how the arrays are cut) and `phases.py`
+(what is done with them) -> native code: `entries.py` takes the arrays, `schedule.py` hands out the work,
+`*_phases.py` say what it is, on the vectors of `simd.py`.
 """
 
 from __future__ import annotations

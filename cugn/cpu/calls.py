@@ -1,4 +1,4 @@
-"""From the arrays of a call to a kernel: what a plan needs is prepared once, a call then allocates results and goes."""
+"""From arrays to native code: what a plan needs is prepared once, a call then allocates results and goes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import numpy as np
 from .. import threads
 from ..plan import Plan
 from . import cache as disk
-from . import geometry
-from .program import GATES, Kind
+from . import geometry, phases
+from . import words as w
+from .phases import GATES, Kernel, Kind, Phase
 
 Array = Any
 SPARE_BYTES = 64 << 10
@@ -32,7 +33,7 @@ class _Ready(NamedTuple):
     """`threads.setting` that it was prepared for."""
     entry: Callable[..., int]
     function: int
-    """Address of the kernel's native entry, for helpers."""
+    """Address of the native entry, for helpers."""
     address: int
     work_bytes: int
     threads: int
@@ -40,35 +41,47 @@ class _Ready(NamedTuple):
     """Vectors over the channels can be read as they are."""
     spare: list[Array]
     """Memory of calls that are over, for calls on one thread: what they need is small, and allocating it 0.3 us."""
-    kept: Any
+    kept: list[Any]
+    """What lies behind the addresses: the geometry, the kernels."""
 
 
 @cache
-def _kernel(operation: str, *options: Any) -> tuple[Callable[..., int], int]:
-    """The kernel of an operation for these dtypes and this kind of layout."""
+def _entry(operation: str) -> tuple[Callable[..., int], int]:
+    """What Python calls for an operation, and its address."""
 
     def build() -> Any:
-        from .helpers import entry_of
+        from .entries import entry_of
 
-        return entry_of(import_module(f".kernel_{operation}", __package__).kernel(*options))
+        return entry_of(operation)
 
-    return loaded(repr((operation, *options)), build)
+    return loaded(f"entry {operation}", build)
 
 
-def loaded(name: str, build: Callable[[], Any]) -> tuple[Callable[..., int], int]:
-    """A native function, for Python and by its address: from disk, else compiled and kept there.
+@cache
+def _kernel(kernel: Kernel) -> tuple[Any, int]:
+    """What keeps a kernel alive, and its address."""
+
+    def build() -> Any:
+        factory = getattr(import_module(f".{kernel.module}", __package__), kernel.factory)
+        return factory(*kernel.options).py_func
+
+    return loaded(repr(tuple(kernel)), build, for_python=False)
+
+
+def loaded(name: str, build: Callable[[], Any], for_python: bool = True) -> tuple[Callable[..., int], int]:
+    """A native function, for Python if that calls it, and its address: from disk, else compiled and kept there.
 
     The main thread leaves that to another one and waits: Ctrl-C would break off an import of Numba, of which Python
     keeps parts that cannot be imported again.
     """
     if threading.current_thread() is not threading.main_thread():
-        return _obtain(name, build)
+        return _obtain(name, build, for_python)
     results: list[tuple[Callable[..., int], int]] = []
     errors: list[BaseException] = []
 
     def work() -> None:
         try:
-            results.append(_obtain(name, build))
+            results.append(_obtain(name, build, for_python))
         except BaseException as error:
             errors.append(error)
 
@@ -76,20 +89,20 @@ def loaded(name: str, build: Callable[[], Any]) -> tuple[Callable[..., int], int
     try:
         thread.start()
     except RuntimeError:  # no more threads here
-        return _obtain(name, build)
+        return _obtain(name, build, for_python)
     thread.join()
     if errors:
         raise errors[0]
     return results[0]
 
 
-def _obtain(name: str, build: Callable[[], Any]) -> tuple[Callable[..., int], int]:
+def _obtain(name: str, build: Callable[[], Any], for_python: bool) -> tuple[Callable[..., int], int]:
     result = disk.load(name)
     if result is None:
         from .compile import compiled
 
         disk.ask_for(COMPILING_BYTES)
-        result = compiled(build(), name)
+        result = compiled(build(), name, for_python)
         if disk.save(name, result):
             # what Numba builds a kernel from is ten times its size: kept no longer than that takes
             result = disk.load(name) or result
@@ -126,13 +139,23 @@ def _kind(vector: Array, otherwise: str) -> int:
     return int((otherwise if vector is None else vector.dtype.name) == "float64")
 
 
-def _ready(entry: tuple[Callable[..., int], int], shape: geometry.Geometry, weight: Array, bias: Array) -> _Ready:
+def _ready(operation: str, steps: list[Phase], shape: geometry.Geometry, weight: Array, bias: Array) -> _Ready:
+    """An operation of these phases."""
+    assert shape.table or shape.words[w.PHASES] == len(steps)  # which the tickets of split tasks are for
+    shape.words[w.PHASES] = len(steps)
+    kept: list[Any] = [shape]
+    for k, step in enumerate(steps):
+        for at, kernel in zip((w.RUN, w.FINISH), step, strict=True):
+            if kernel is not None:
+                keeps, shape.words[at + k] = _kernel(kernel)
+                kept.append(keeps)
     plain = _plain(weight) and _plain(bias)
-    return _Ready(threads.setting(), *entry, shape.address, shape.work_bytes, shape.threads, plain, [], shape)
+    entry, function = _entry(operation)
+    return _Ready(threads.setting(), entry, function, shape.address, shape.work_bytes, shape.threads, plain, [], kept)
 
 
 def enter(ready: _Ready, *arguments: int) -> None:
-    """Call the kernel, with arrays by their ids; each kernel's last argument but its role is memory to work in."""
+    """Call the entry, with arrays by their ids; its last argument is memory to work in."""
     _, entry, function, address, work_bytes, count, _, spare, _ = ready
     try:
         work = spare.pop()
@@ -152,7 +175,7 @@ def _smallest(plan: Plan) -> int:
 
 
 def _kind_of_work(plan: Plan, shape: geometry.Geometry, compute: str) -> Kind:
-    """What a plan's kernel is compiled for."""
+    """What a plan's kernels are compiled for."""
     labelled = plan.labels is not None
     kinds = (plan.x_dtype, plan.y_dtype, compute, plan.activation, shape.by_rows, shape.dense, labelled, plan.masked)
     return Kind(*kinds)
@@ -165,7 +188,7 @@ def _prepare_forward(plan: Plan, x: Array, weight: Array, bias: Array, where: Ar
         weight_kind=_kind(weight, plan.y_dtype), bias_kind=_kind(bias, plan.y_dtype),
     )  # fmt: skip
     kind = _kind_of_work(plan, shape, compute)._replace(table=shape.table)
-    return _ready(_kernel("forward", kind), shape, weight, bias)
+    return _ready("forward", phases.forward(kind), shape, weight, bias)
 
 
 def forward(plan: Plan, x: Array, weight: Array, bias: Array, where: Array, out: Array) -> tuple[Array, Array, Array]:
@@ -179,25 +202,25 @@ def forward(plan: Plan, x: Array, weight: Array, bias: Array, where: Array, out:
         weight, bias = _vector(weight), _vector(bias)
     mean = np.empty(plan.stats_shape)
     rstd = np.empty(plan.stats_shape)
-    w = 0 if weight is None else id(weight)
-    b = 0 if bias is None else id(bias)
-    enter(ready, id(x), id(out), w, b, id(mean), id(rstd), 0 if where is None else id(where), 0)
+    weight_id = 0 if weight is None else id(weight)
+    bias_id = 0 if bias is None else id(bias)
+    enter(ready, id(x), id(out), weight_id, bias_id, id(mean), id(rstd), 0 if where is None else id(where))
     return out, mean, rstd
 
 
 def _prepare_backward(
-    plan: Plan, dy: Array, x: Array, weight: Array, bias: Array, where: Array, phases: int, out: Array
+    plan: Plan, dy: Array, x: Array, weight: Array, bias: Array, where: Array, given: bool, out: Array
 ) -> _Ready:
     # dweight and dbias in float64 are sums in float64
     wide = "float64" in (plan.y_dtype, plan.weight_dtype) or _smallest(plan) <= SMALL_GROUP
     compute = "float64" if wide else "float32"
     shape = geometry.of(
-        plan, [x, dy, out], threads.setting(), compute=compute, where=where, phases=phases,
+        plan, [x, dy, out], threads.setting(), compute=compute, where=where, phases=2 if given else 3,
         sums=geometry.SUMS + plan.masked, gradients=2,
         weight_kind=_kind(weight, plan.y_dtype), bias_kind=_kind(bias, plan.y_dtype),
     )  # fmt: skip
     kind = _kind_of_work(plan, shape, compute)._replace(table=shape.table)
-    return _ready(_kernel("backward", kind), shape, weight, bias)
+    return _ready("backward", phases.backward(kind, given), shape, weight, bias)
 
 
 def _statistics(plan: Plan, values: Array) -> Array:
@@ -241,11 +264,11 @@ def backward(
         out = _empty_result(plan, x)
     if mean is not None and _is_exacting(plan) and _own(plan, x, mean, rstd, where):
         mean = rstd = None
-    first = 0 if mean is None else 1
-    name = "cpu_backward" if mean is None else "cpu_backward_given"
+    given = mean is not None
+    name = "cpu_backward_given" if given else "cpu_backward"
     ready: _Ready | None = plan.__dict__.get(name)
     if ready is None or ready[0] != threads.setting():
-        ready = plan.__dict__[name] = _prepare_backward(plan, dy, x, weight, bias, where, 3 - first, out)
+        ready = plan.__dict__[name] = _prepare_backward(plan, dy, x, weight, bias, where, given, out)
     if mean is None:
         mean = np.empty(plan.stats_shape)
         rstd = np.empty(plan.stats_shape)
@@ -257,10 +280,10 @@ def backward(
     dtype = np.float64 if plan.weight_dtype == "float64" else np.float32
     dweight = np.empty(plan.C, dtype)
     dbias = np.empty(plan.C, dtype)
-    w = 0 if weight is None else id(weight)
-    b = 0 if bias is None else id(bias)
+    weight_id = 0 if weight is None else id(weight)
+    bias_id = 0 if bias is None else id(bias)
     mask = 0 if where is None else id(where)
-    enter(ready, id(x), id(dy), id(out), w, b, id(mean), id(rstd), id(dweight), id(dbias), mask, first, 0)
+    enter(ready, id(x), id(dy), id(out), weight_id, bias_id, id(mean), id(rstd), id(dweight), id(dbias), mask, given, 0)
     return out, *in_weight_dtype(plan, dweight, dbias)
 
 

@@ -1,8 +1,8 @@
 """How the engine's functions are compiled: inner ones into kernels, a kernel with int64 arguments alone, kept on disk.
 
 Numba optimizes and emits machine code for every function that another one calls, and again within each caller.
-Inner functions here only lend their LLVM code to the kernels that link them, which are optimized once: 3 s for the
-first forward, not 9 s.
+Inner functions here only lend their LLVM code to the kernels that link them, each of which is optimized once: 3 s
+for the first forward, not 9 s.
 """
 
 from __future__ import annotations
@@ -114,17 +114,23 @@ def apart(function: Callable[..., Any]) -> Any:
     return dispatcher
 
 
-def compiled(function: Callable[..., Any], name: str) -> Any:
-    """A kernel, compiled under a name of its own: Numba's result, whose `entry_point` is a callable of ints.
+def compiled(function: Callable[..., Any], name: str, for_python: bool) -> Any:
+    """A function of int64 arguments, under a name of its own: Numba's result; Python calls its `entry_point`.
 
     Without the dispatcher that is 0.2 us a call; the GIL is released.
     """
     function.__name__ = function.__qualname__ = "cugn_" + hashlib.sha256(name.encode()).hexdigest()[:16]
-    signature = types.int64(*[types.int64] * function.__code__.co_argcount)
+    signature = (types.int64,) * function.__code__.co_argcount
     collecting = gc.isenabled()
     gc.disable()  # nothing of what Numba builds can go before the end: 10 % of the time
     try:
-        dispatcher = numba.njit(signature, **_OPTIONS, no_cfunc_wrapper=True, pipeline_class=_KernelCompiler)(function)
+        dispatcher = numba.njit(
+            signature,
+            **_OPTIONS,
+            no_cfunc_wrapper=True,
+            no_cpython_wrapper=not for_python,  # 30 ms, of 250 for a small part
+            pipeline_class=_KernelCompiler,
+        )(function)
     finally:
         if collecting:
             gc.enable()

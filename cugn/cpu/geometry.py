@@ -91,7 +91,7 @@ def of(
     where : numpy.ndarray, optional
         The mask, as the caller gave it.
     phases : int
-        Phases of the kernel, for the number of tickets.
+        How many there are.
     sums : int
         Sums that are kept for each channel and layer of chunks.
     gradients : int
@@ -260,7 +260,7 @@ def of(
         w.ORDER: _address(plan.channel_order), w.BOUNDS: _address(plan.group_bounds),
         w.CLEARED: 0 if slots == 1 and not split and not gradients else gradients_at + gradient_parts * gradient_bytes,
         w.MASK_PIECE_AT: mask_piece_at, w.OWN_RECORDS_AT: own_records_at, w.PADDED_WIDTH: _padded(width),
-        w.PART_SAMPLES: part_samples, w.GRADIENT_PARTS: gradient_parts,
+        w.PHASES: phases, w.PART_SAMPLES: part_samples, w.GRADIENT_PARTS: gradient_parts,
     }  # fmt: skip
     for name, value in values.items():
         words[name] = value

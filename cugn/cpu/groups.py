@@ -1,4 +1,4 @@
-"""What the kernels do group by group: weight and bias, records, coefficients; the entry of a participant."""
+"""What is done group by group: weight and bias, moments, records, coefficients; the memory of a participant."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from .access import word
 from .compile import inner
 from .convert import loader, storer, to_compute
 from .memory import bits_float, load_f32, load_f64, load_i64, store_f64, store_i64
-from .program import Kind
 from .simd import (
     LANES,
     both,
@@ -74,6 +73,13 @@ def load_parameters(geometry: int, scratch: int, weight: int, bias: int) -> None
 
 
 @inner
+def tangent_at(geometry: int, scratch: int, which: int) -> int:
+    """Address of the tangent of weight (0) or bias (1), which follow weight and bias."""
+    each = word(geometry, w.BIAS_AT) - word(geometry, w.WEIGHT_AT)
+    return scratch + word(geometry, w.BIAS_AT) + (which + 1) * each
+
+
+@inner
 def group_of(geometry: int, channel: int) -> int:
     """Group, within its bundle, of a channel of the bundle."""
     labels = word(geometry, w.LABELS)
@@ -82,20 +88,26 @@ def group_of(geometry: int, channel: int) -> int:
     return channel // word(geometry, w.GROUP_CHANNELS)
 
 
+def moments_chunk(*options: Any) -> Any:
+    """Kernel: moments of a chunk."""
+    return statistics(*options)[0]
+
+
 @cache
 def moments_finisher(
-    dtype: str, compute: str, array: int, by_rows: bool, dense: bool, labelled: bool = False, masked: bool = False
+    dtype: str, compute: str, by_rows: bool, dense: bool, labelled: bool = False, masked: bool = False
 ) -> Any:
-    """finish(geometry, call, task, store, scratch, only): records of a task's groups; mean and rstd to their arrays.
+    """Kernel: records of a task's groups; mean and rstd to their arrays.
 
-    With `only`, mean and m2 to those arrays, and under a mask the counts behind m2; no records.
+    With CALL_ONLY, mean and m2 to those arrays, and under a mask the counts behind m2; no records.
     """
-    _, merge_task, group_moments = statistics(dtype, compute, array, by_rows, dense, labelled, masked)
+    _, merge_task, group_moments = statistics(dtype, compute, by_rows, dense, labelled, masked)
     fill = record_writer(compute)
 
     @inner
-    def finish(geometry: int, call: int, task: int, store: int, scratch: int, only: bool) -> None:
+    def finish(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
         groups = word(geometry, w.GROUPS)
+        only = load_i64(call, w.CALL_ONLY) != 0
         mean_out = load_i64(call, w.CALL_MEAN)
         rstd_out = load_i64(call, w.CALL_RSTD)
         eps = bits_float(word(geometry, w.EPS))
@@ -124,19 +136,33 @@ def moments_finisher(
     return finish
 
 
-def moments_phase(kind: Kind, array: int = 0) -> tuple[Any, Any]:
-    """Phase 0 of every kernel that takes statistics: of a chunk, and what is made of a task's."""
-    options = (kind.x, kind.compute, array, kind.by_rows, kind.dense, kind.labelled, kind.masked)
-    return statistics(*options)[0], moments_finisher(*options)
+def moments_finish(labelled: bool, masked: bool) -> Any:
+    """Kernel: the same in float32, where it looks at no element again."""
+    return moments_finisher("float32", "float32", False, True, labelled, masked)
 
 
 @cache
-def given_records(compute: str) -> Any:
-    """fill(geometry, call, task, store): records of a task's groups from the mean and rstd that the caller gave."""
+def moments_kernel(*options: Any) -> Any:
+    """Kernel: moments of a chunk, and what follows."""
+    chunk_moments, finish = moments_chunk(*options), moments_finisher(*options)
+
+    @inner
+    def kernel(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
+        if chunk >= 0:
+            chunk_moments(geometry, call, task, chunk, store, scratch)
+        else:
+            finish(geometry, call, task, chunk, store, scratch)
+
+    return kernel
+
+
+@cache
+def given_finish(compute: str) -> Any:
+    """Kernel: records of a task's groups from the mean and rstd that the caller gave."""
     write = record_writer(compute)
 
     @inner
-    def fill(geometry: int, call: int, task: int, store: int) -> None:
+    def fill(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
         groups = word(geometry, w.GROUPS)
         mean = load_i64(call, w.CALL_MEAN) + 8 * task * groups
         rstd = load_i64(call, w.CALL_RSTD) + 8 * task * groups

@@ -6,9 +6,6 @@ job. Nothing is waited for but a chunk that another thread is working on at this
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from llvmlite import binding
 from numba.core import types
 from numba.core.typing import signature
@@ -19,6 +16,7 @@ from .access import word
 from .atomics import atomic_add, atomic_load, pause
 from .compile import inner
 from .memory import load_i64, store_i64
+from .pointers import call_kernel
 
 _SPINS = 2000  # about 30 us of pause; then the processor is offered to whoever holds the chunk that is waited for
 
@@ -56,7 +54,7 @@ def wait_until_least(address: int, count: int) -> None:
 
 
 @inner
-def next_ticket(geometry: int, call: int, work: int, phases: int, role: int) -> bool:
+def next_ticket(geometry: int, call: int, work: int, role: int) -> bool:
     """Take the next ticket and write into the call what it is for; False when there is none left.
 
     Tickets come in rounds: one round of whole tasks, or for each wave of split ones a round a phase. In a round every
@@ -66,6 +64,7 @@ def next_ticket(geometry: int, call: int, work: int, phases: int, role: int) -> 
     """
     bundles = word(geometry, w.BUNDLES)
     chunks = word(geometry, w.CHUNKS)
+    phases = word(geometry, w.PHASES)
     split = word(geometry, w.SPLIT) != 0
     tasks = word(geometry, w.N) * bundles
     wave_tasks = word(geometry, w.WAVE_TASKS)
@@ -121,55 +120,50 @@ def next_ticket(geometry: int, call: int, work: int, phases: int, role: int) -> 
     return False
 
 
-def scheduler(run_chunk: Callable[..., Any], finish: Callable[..., Any]) -> Any:
-    """Kernel part that takes tickets until there are none.
-
-    run_chunk(phase, geometry, call, task, chunk, store, scratch); finish(... without chunk ...),
-    which follows when all chunks of the task's phase are done. Phases run from `first` to `last`; the last has no
-    finish.
-    """
-
-    @inner
-    def do_ticket(
-        geometry: int, call: int, work: int, scratch: int, first: int, last: int, split: bool, alone: bool
-    ) -> None:
-        bundles = word(geometry, w.BUNDLES)
-        chunks = word(geometry, w.CHUNKS)
-        step = load_i64(call, w.TICKET_STEP)
-        k0 = load_i64(call, w.TICKET_CHUNK)
-        k1 = load_i64(call, w.TICKET_CHUNK + 1)
-        for n in range(load_i64(call, w.TICKET_N), load_i64(call, w.TICKET_N + 1)):
-            for bundle in range(load_i64(call, w.TICKET_BUNDLE), load_i64(call, w.TICKET_BUNDLE + 1)):
-                task = n * bundles + bundle
-                store = scratch + word(geometry, w.OWN_STORE_AT)
-                # two counters of a split task: chunks done in all phases, phases finished
-                progress = work + word(geometry, w.PROGRESS_AT) + task * 16
-                if split:
-                    store = work + word(geometry, w.STORE_AT) + task * word(geometry, w.STORE_BYTES)
-                    if not alone:
-                        wait_until(progress + 8, step)
-                for phase in range(first + step, last + 1 if not split else first + step + 1):
+@inner
+def do_ticket(geometry: int, call: int, work: int, scratch: int, alone: bool) -> None:
+    """The phases of a ticket's tasks, or the one phase that it is for."""
+    bundles = word(geometry, w.BUNDLES)
+    chunks = word(geometry, w.CHUNKS)
+    split = word(geometry, w.SPLIT) != 0
+    step = load_i64(call, w.TICKET_STEP)
+    last = word(geometry, w.PHASES) - 1
+    k0 = load_i64(call, w.TICKET_CHUNK)
+    k1 = load_i64(call, w.TICKET_CHUNK + 1)
+    for n in range(load_i64(call, w.TICKET_N), load_i64(call, w.TICKET_N + 1)):
+        for bundle in range(load_i64(call, w.TICKET_BUNDLE), load_i64(call, w.TICKET_BUNDLE + 1)):
+            task = n * bundles + bundle
+            store = scratch + word(geometry, w.OWN_STORE_AT)
+            # two counters of a split task: chunks done in all phases, phases finished
+            progress = work + word(geometry, w.PROGRESS_AT) + task * 16
+            if split:
+                store = work + word(geometry, w.STORE_AT) + task * word(geometry, w.STORE_BYTES)
+                if not alone:
+                    wait_until(progress + 8, step)
+            for phase in range(step, step + 1 if split else last + 1):
+                run = word(geometry, w.RUN + phase)
+                if run != 0:
                     for k in range(k0, k1):
                         # each phase runs against the direction of the one before: what was read last is still in cache
-                        chunk = k1 - 1 - k if not split and (phase - first) % 2 == 1 else k
-                        run_chunk(phase, geometry, call, task, chunk, store, scratch)
-                    done = not split or atomic_add(progress, 1) == (step + 1) * chunks - 1
-                    if done and phase < last:
-                        finish(phase, geometry, call, task, store, scratch)
-                        if split:
-                            atomic_add(progress + 8, 1)
+                        chunk = k1 - 1 - k if not split and phase % 2 == 1 else k
+                        call_kernel(run, geometry, call, task, chunk, store, scratch)
+                if not split or atomic_add(progress, 1) == (step + 1) * chunks - 1:
+                    finish = word(geometry, w.FINISH + phase)
+                    if finish != 0:
+                        call_kernel(finish, geometry, call, task, -1, store, scratch)
+                    if split:
+                        atomic_add(progress + 8, 1)
 
-    @inner
-    def run(geometry: int, call: int, work: int, scratch: int, first: int, last: int, role: int) -> None:
-        store_i64(call, w.CALL_PLACE, 0)
-        store_i64(call, w.CALL_TAKEN, 0)
-        split = word(geometry, w.SPLIT) != 0
-        alone = role == ALONE
-        while next_ticket(geometry, call, work, last - first + 1, role):
-            do_ticket(geometry, call, work, scratch, first, last, split, alone)
-            if not alone:
-                atomic_add(work + w.DONE, 1)
-        if role == CALLER:
-            wait_until(work + w.DONE, word(geometry, w.TICKETS))
 
-    return run
+@inner
+def schedule(geometry: int, call: int, work: int, role: int) -> None:
+    """Take tickets until there are none; the caller returns when all of them are done."""
+    store_i64(call, w.CALL_PLACE, 0)
+    store_i64(call, w.CALL_TAKEN, 0)
+    alone = role == ALONE
+    while next_ticket(geometry, call, work, role):
+        do_ticket(geometry, call, work, call, alone)
+        if not alone:
+            atomic_add(work + w.DONE, 1)
+    if role == CALLER:
+        wait_until(work + w.DONE, word(geometry, w.TICKETS))

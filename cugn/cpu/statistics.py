@@ -19,6 +19,7 @@ from .memory import bits_float, float_bits, load_f64, load_i64, store_f64
 from .simd import LANES, narrow_scalar, reduce_max, splat, vector_abs, vector_max, widen, widen_scalar
 from .words import PARTIAL_BYTES
 
+_X = 0  # position among the arrays of the geometry
 _load64, _ = loader("float64", "float64")
 _store64_part = storer("float64", "float64")[1]
 _ITEMSIZE = {"int8": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "int16": 2, "uint16": 2, "float32": 4, "float64": 8}
@@ -109,7 +110,7 @@ def rstd_of(m2: float, count: float, scale: float, eps: float) -> Any:
 
 @cache
 def statistics(
-    dtype: str, compute: str, array: int, by_rows: bool, dense: bool, labelled: bool = False, masked: bool = False
+    dtype: str, compute: str, by_rows: bool, dense: bool, labelled: bool = False, masked: bool = False
 ) -> tuple[Any, Any, Any]:
     """chunk(geometry, call, task, chunk, store, scratch), then merge(geometry, store, scratch) once for a task, and
     group(geometry, call, task, group, store, scratch, out): a group's partial, whose scale it returns.
@@ -157,12 +158,12 @@ def statistics(
         row0, rows, channel0, channels, start, length, layer = chunk_of(geometry, chunk)
         n = task // bundles
         first_channel = (task % bundles) * width + channel0
-        base = load_i64(call, array)
+        base = load_i64(call, _X)
         p = open_chunk(
-            geometry, array, base, n, row0, rows, first_channel, channels, start, length,
+            geometry, _X, base, n, row0, rows, first_channel, channels, start, length,
             scratch + word(geometry, w.PIECES_AT), True,
         )  # fmt: skip
-        step = row_bytes(geometry, array, channels, length)
+        step = row_bytes(geometry, _X, channels, length)
         pm, m_step = 0, 0
         if masked:
             pm = open_mask(geometry, call, n, row0, rows, first_channel, channels, start, length, scratch)
@@ -230,7 +231,7 @@ def statistics(
         width = word(geometry, w.BUNDLE_CHANNELS)
         segments = word(geometry, w.SEGMENTS)
         first = segment * (width // segments)
-        base = load_i64(call, array)
+        base = load_i64(call, _X)
         n = task // bundles
         best = 0.0
         for chunk in range(word(geometry, w.CHUNKS)):
@@ -239,10 +240,10 @@ def statistics(
                 continue
             first_channel = (task % bundles) * width + channel0
             p = open_chunk(
-                geometry, array, base, n, row0, rows, first_channel, channels, start, length,
+                geometry, _X, base, n, row0, rows, first_channel, channels, start, length,
                 scratch + word(geometry, w.PIECES_AT), True,
             )  # fmt: skip
-            step = row_bytes(geometry, array, channels, length)
+            step = row_bytes(geometry, _X, channels, length)
             pm, m_step = 0, 0
             if masked:
                 pm = open_mask(geometry, call, n, row0, rows, first_channel, channels, start, length, scratch)

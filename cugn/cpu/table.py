@@ -50,8 +50,8 @@ def parameter_kernel(compute: str) -> Any:
 
 
 @cache
-def apply_sample_kernel(x: str, y: str, compute: str, activation: str | None) -> Any:
-    """apply(geometry, call, n, store, scratch): y of a sample from the records of its groups."""
+def apply_sample(x: str, y: str, compute: str, activation: str | None) -> Any:
+    """Kernel: y of a sample from the records of its groups."""
     load_x, load_x_part = loader(x, compute)
     load_c, _ = loader(compute, compute)
     store, store_part, store_stream = storer(y, compute)
@@ -90,7 +90,7 @@ def apply_sample_kernel(x: str, y: str, compute: str, activation: str | None) ->
             store_part(py + j * y_size, value, size - j)
 
     @inner
-    def apply_sample(geometry: int, call: int, n: int, store: int, scratch: int) -> None:
+    def sample(geometry: int, call: int, n: int, chunk: int, store: int, scratch: int) -> None:
         parameters(geometry, call, scratch)
         size = word(geometry, w.GROUP_CHANNELS)
         px = sample_at(geometry, _X, load_i64(call, _X), n)
@@ -105,12 +105,12 @@ def apply_sample_kernel(x: str, y: str, compute: str, activation: str | None) ->
                 store + g * w.RECORD_BYTES, stream,
             )  # fmt: skip
 
-    return apply_sample
+    return sample
 
 
 @cache
-def sample_kernel(x: str, y: str, compute: str, activation: str | None) -> Any:
-    """sample(geometry, call, n, scratch): dx of a sample, and what it adds to dweight and dbias."""
+def backward_sample(x: str, y: str, compute: str, activation: str | None) -> Any:
+    """Kernel: dx of a sample, and what it adds to dweight and dbias."""
     load_x, load_x_part = loader(x, compute)
     load_v, load_v_part = loader(y, compute)
     load_c, _ = loader(compute, compute)
@@ -245,7 +245,7 @@ def sample_kernel(x: str, y: str, compute: str, activation: str | None) -> Any:
                 store_part(py + j * y_size, dx, left)
 
     @inner
-    def sample(geometry: int, call: int, n: int, scratch: int) -> None:
+    def sample(geometry: int, call: int, n: int, chunk: int, store: int, scratch: int) -> None:
         parameters(geometry, call, scratch)
         groups = word(geometry, w.GROUPS)
         size = word(geometry, w.GROUP_CHANNELS)
@@ -273,7 +273,7 @@ def sample_kernel(x: str, y: str, compute: str, activation: str | None) -> Any:
                 record + g * w.RECORD_BYTES, db + 8 * c, dw + 8 * c, part // 4,
             )  # fmt: skip
             if double:  # noqa: SIM102 - known when the kernel is compiled
-                if size == 2 and load_i64(call, w.CALL_PHASE) == 0:
+                if size == 2 and load_i64(call, w.CALL_GIVEN) == 0:
                     pair(record + g * w.RECORD_BYTES, bits_float(word(geometry, w.EPS)))
             if size == 1:  # dx is exactly 0
                 store_f64(record + g * w.RECORD_BYTES, w.RATIO, 0.0)

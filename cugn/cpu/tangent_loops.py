@@ -1,7 +1,7 @@
 """The loops of jvp and double backward: sums of products along x_hat, and linear combinations of several arrays.
 
 Both work on u (tx or ddx); the double backward also on v (dy). With t = x_hat / RATIO, J = u + SLOPE*t + OFFSET and
-dz, gz what act' and act'' make of dy and of dy * gdz (`kernel_tangent.py` has the coefficients)::
+dz, gz what act' and act'' make of dy and of dy * gdz (`tangent_phases.py` has the coefficients)::
 
     gdz = POWER * a*J + (d*t + e)          gdy (ty, for the jvp) = gdz * act'(z)
     gx = GX_POWER * (d*dz + a*gz + GX_OFFSET + GX_SLOPE*t

@@ -8,11 +8,10 @@ import numpy as np
 
 from .. import threads
 from ..plan import Plan
-from . import geometry
+from . import geometry, phases
 from .calls import (
     SMALL_GROUP,
     _empty_result,
-    _kernel,
     _kind,
     _kind_of_work,
     _Ready,
@@ -31,8 +30,8 @@ def _prepared(plan: Plan, operation: str, arrays: list[Any], weight: Array, bias
     ready: _Ready | None = plan.__dict__.get(f"cpu_{operation}")
     if ready is not None and ready.setting == threads.setting():
         return ready
-    from .kernel_tangent import totals_of
     from .tangent_loops import coefficients_of
+    from .tangent_phases import totals_of
 
     second = operation == "double_backward"
     small = _smallest(plan) <= SMALL_GROUP
@@ -43,8 +42,8 @@ def _prepared(plan: Plan, operation: str, arrays: list[Any], weight: Array, bias
         gradients=2 if second else 0, writes=2 if second else 1, vectors=4, coefficients=coefficients_of(second),
         weight_kind=_kind(weight, plan.y_dtype), bias_kind=_kind(bias, plan.y_dtype),
     )  # fmt: skip
-    kind = _kind_of_work(plan, shape, compute)._replace(dense=False)
-    ready = plan.__dict__[f"cpu_{operation}"] = _ready(_kernel("tangent", operation, kind), shape, weight, bias)
+    kind = _kind_of_work(plan, shape, compute)
+    ready = plan.__dict__[f"cpu_{operation}"] = _ready(operation, phases.tangent(kind, second), shape, weight, bias)
     return ready
 
 

@@ -42,7 +42,12 @@ GROUP_CHANNELS = 53
 # which no stride goes through); the last is the mask
 ARRAYS, ARRAY_WORDS = 58, 8
 MASK = 7
-WORDS = ARRAYS + (MASK + 1) * ARRAY_WORDS
+# how many phases there are, and of each the addresses of what runs on a chunk and of what finishes a task, or 0
+PHASES = ARRAYS + (MASK + 1) * ARRAY_WORDS
+MOST_PHASES = 3
+RUN = PHASES + 1
+FINISH = RUN + MOST_PHASES
+WORDS = FINISH + MOST_PHASES
 (STRIDED, SN, SO, ITEMSIZE, AXES, APART) = range(6)
 
 # A record, 16 float64 for each group of a task: what the statistics mean for its elements.
@@ -55,7 +60,7 @@ DX_POWER = 9
 RECORD_BYTES = 128
 PARTIAL_BYTES = 32
 
-# Start of a workspace: tickets done; as int64 words the address of the kernel's entry and its arguments, for helpers;
+# Start of a workspace: tickets done; as int64 words the address of the call's entry and its arguments, for helpers;
 # then the tickets taken from each participant's range in each round, 64 bytes apart: no cache line is shared
 DONE, FUNCTION, ARGUMENTS = 0, 8, 9
 HEADER_BYTES = 320
@@ -66,9 +71,9 @@ POOL_BYTES = 192
 
 
 # A call, int64 words at the start of a participant's scratch: addresses of the arrays, then of these; tasks whose
-# coefficients and records the participant has made; sums over groups of a backward in parts (0 for a whole one); the
-# first phase, 1 where the caller gave the statistics
-(CALL_MEAN, CALL_RSTD, CALL_WORK, CALL_EXPANDED, CALL_PARTS, CALL_RECORDS, CALL_PHASE) = range(8, 15)
+# coefficients and records the participant has made; sums over groups of a backward in parts; whether the caller gave
+# the statistics; whether the moments are all that is wanted
+(CALL_MEAN, CALL_RSTD, CALL_WORK, CALL_EXPANDED, CALL_PARTS, CALL_RECORDS, CALL_GIVEN, CALL_ONLY) = range(8, 16)
 # the ticket that a participant holds, pairs of a first and an end; where it looks for the next one
 (TICKET_N, TICKET_BUNDLE, TICKET_CHUNK, TICKET_STEP, CALL_PLACE, CALL_TAKEN) = (16, 18, 20, 22, 23, 24)
 # where dweight and dbias go; whether all coefficients that the participant has made are for x itself (`groups.py`)

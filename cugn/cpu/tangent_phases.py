@@ -1,6 +1,6 @@
-"""The kernels of jvp and double backward: moments (phase 0), sums of products (phase 1), linear combinations (phase 2).
+"""The phases of jvp and double backward after the moments: sums of products, then linear combinations.
 
-One kernel for both: ty of the jvp is gdy of the double backward with other names, and takes two of its sums. x, u (tx
+The same for both: ty of the jvp is gdy of the double backward with other names, and takes two of its sums. x, u (tx
 or ddx) and v (dy) are read twice, each result is written once.
 
 With J(u) = u - E[u] - x_hat E[u x_hat], k = dy act''(z), gz = k gdz and r = ddweight dz + weight gz::
@@ -23,11 +23,10 @@ from .access import word
 from .chunks import chunk_memory, chunk_of
 from .compile import inner
 from .gradients import task_gradients
-from .groups import coefficient_kernel, data_of, group_of, load_vector, moments_phase, record_lanes, start_call
+from .groups import coefficient_kernel, group_of, record_lanes, tangent_at
 from .labelled import group_sums
 from .masked import mask_step, open_mask
-from .memory import load_f64, load_i64, store_f64, store_i64
-from .program import Kind, Program
+from .memory import load_f64, load_i64, store_f64
 from .simd import LANES
 from .statistics import itemsize
 from .sums import add_layers
@@ -56,13 +55,6 @@ _X, _U, _V = 0, 1, 2  # positions among the arrays of the geometry; after them t
 def totals_of(second: bool, activation: str | None) -> int:
     """Arrays of totals of the channels that an operation needs."""
     return max(sums_of(second, activation), _RX + 1 if second else 0)
-
-
-@inner
-def tangent_at(geometry: int, scratch: int, which: int) -> int:
-    """Address of the tangent of weight (0) or bias (1), which follow weight and bias."""
-    each = word(geometry, w.BIAS_AT) - word(geometry, w.WEIGHT_AT)
-    return scratch + word(geometry, w.BIAS_AT) + (which + 1) * each
 
 
 @cache
@@ -103,9 +95,11 @@ def arrays_read(dense: bool, masked: bool, second: bool) -> Any:
 
 
 @cache
-def sums_phase(kind: Kind, second: bool) -> tuple[Any, Any]:
-    """Phase 1: sums of a chunk, and the coefficients and gradients that come from a task's."""
-    x, y, compute, activation, by_rows, dense, labelled, masked, _ = kind
+def sums_chunk(
+    x: str, y: str, compute: str, activation: str | None, by_rows: bool, dense: bool, labelled: bool, masked: bool,
+    second: bool,
+) -> Any:  # fmt: skip
+    """Kernel: sums of a chunk."""
     run, columns = product_sums(x, y, compute, activation, second, masked)
     expand = coefficient_kernel(compute, tangents=True)
     lanes_of = record_lanes(compute)
@@ -114,7 +108,6 @@ def sums_phase(kind: Kind, second: bool) -> tuple[Any, Any]:
     double = compute == "float64"
     active = activation is not None and second
     count, totals_count = sums_of(second, activation), totals_of(second, activation)
-    bent = count > K
 
     @inner
     def chunk_sums(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
@@ -156,10 +149,18 @@ def sums_phase(kind: Kind, second: bool) -> tuple[Any, Any]:
                     own, out + 8 * c, padded,
                 )  # fmt: skip
 
+    return chunk_sums
+
+
+@cache
+def sums_finish(activation: str | None, labelled: bool, second: bool) -> Any:
+    """Kernel: the coefficients and gradients that come from a task's sums; with second, by kinds of activations."""
     channels_of, channel_at, over_group = group_sums(labelled)
+    count, totals_count = sums_of(second, activation), totals_of(second, activation)
+    bent = count > K
 
     @inner
-    def finish_sums(geometry: int, call: int, task: int, store: int, scratch: int) -> None:
+    def finish_sums(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
         width = word(geometry, w.BUNDLE_CHANNELS)
         first = (task % word(geometry, w.BUNDLES)) * width
         padded = 8 * word(geometry, w.PADDED_WIDTH)
@@ -223,14 +224,18 @@ def sums_phase(kind: Kind, second: bool) -> tuple[Any, Any]:
                 # one element: gx is 0, which roundings of its terms would not be
                 alone = size * word(geometry, w.OUTER) * word(geometry, w.INNER) == 1
                 store_f64(record, w.GX_POWER, 0.0 if alone else load_f64(record, w.POWER))
+        if second:
+            task_gradients(geometry, call, task, store)
 
-    return chunk_sums, finish_sums
+    return finish_sums
 
 
 @cache
-def apply_phase(kind: Kind, second: bool) -> Any:
-    """Phase 2: the results of a chunk."""
-    x, y, compute, activation, by_rows, dense, _, masked, _ = kind
+def apply_chunk(
+    x: str, y: str, compute: str, activation: str | None, by_rows: bool, dense: bool, labelled: bool, masked: bool,
+    second: bool,
+) -> Any:  # fmt: skip
+    """Kernel: the results of a chunk."""
     splats, run, rows_kernel = apply_kernels(x, y, compute, activation, second, masked)
     expand = coefficient_kernel(compute, tangents=True)
     open_chunk, row_bytes, close_chunk = chunk_memory(dense)
@@ -292,59 +297,3 @@ def apply_phase(kind: Kind, second: bool) -> Any:
             close_chunk(geometry, other_out, g_base, n, row0, rows, first, channels, start, length, g_piece)
 
     return chunk_apply
-
-
-def kernel(operation: str, kind: Kind) -> Program:
-    """The kernel of "jvp" or "double_backward"."""
-    second = operation == "double_backward"
-    chunk_moments, finish_moments = moments_phase(kind)
-    chunk_sums, finish_sums = sums_phase(kind, second)
-    chunk_apply = apply_phase(kind, second)
-
-    @inner
-    def run_chunk(phase: int, geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
-        if phase == 0:
-            chunk_moments(geometry, call, task, chunk, store, scratch)
-        elif phase == 1:
-            chunk_sums(geometry, call, task, chunk, store, scratch)
-        else:
-            chunk_apply(geometry, call, task, chunk, store, scratch)
-
-    @inner
-    def finish(phase: int, geometry: int, call: int, task: int, store: int, scratch: int) -> None:
-        if phase == 0:
-            finish_moments(geometry, call, task, store, scratch, False)
-        else:
-            finish_sums(geometry, call, task, store, scratch)
-            if second:
-                task_gradients(geometry, call, task, store)
-
-    @inner
-    def start_tangents(geometry: int, call: int, x: int, u: int, tweight: int, tbias: int) -> None:
-        store_i64(call, _X, data_of(x))
-        store_i64(call, _U, data_of(u))
-        channels = word(geometry, w.C)
-        load_vector(tangent_at(geometry, call, 0), data_of(tweight), 1, channels, 0.0)
-        load_vector(tangent_at(geometry, call, 1), data_of(tbias), 1, channels, 0.0)
-
-    def start_jvp(
-        geometry: int, call: int, x: int, tx: int, out: int, weight: int, bias: int, tweight: int, tbias: int,
-        mean: int, rstd: int, where: int,
-    ) -> int:  # fmt: skip
-        start_tangents(geometry, call, x, tx, tweight, tbias)
-        store_i64(call, _V, data_of(out))
-        start_call(geometry, call, weight, bias, mean, rstd, where, 0, 0)
-        return 0
-
-    def start_second(
-        geometry: int, call: int, x: int, ddx: int, dy: int, gdy: int, gx: int, weight: int, bias: int, ddweight: int,
-        ddbias: int, mean: int, rstd: int, gweight: int, gbias: int, where: int,
-    ) -> int:  # fmt: skip
-        start_tangents(geometry, call, x, ddx, ddweight, ddbias)
-        store_i64(call, _V, data_of(dy))
-        store_i64(call, _V + 1, data_of(gdy))
-        store_i64(call, _V + 2, data_of(gx))
-        start_call(geometry, call, weight, bias, mean, rstd, where, gweight, gbias)
-        return 0
-
-    return Program(start_second if second else start_jvp, run_chunk, finish, last=2, gradients=second)

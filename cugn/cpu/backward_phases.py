@@ -1,13 +1,9 @@
-"""The backward kernel: moments (phase 0, if they were not given), sums of dz and dz*x_hat (phase 1), dx (phase 2).
+"""The backward's phases after the moments: sums of dz and dz*x_hat, then dx.
 
-dy and x are read twice and dx written once; a group that fits in cache costs one reading of each. dz = dy *
-act'(z). With A = weight*RATIO, B and C of the group: dx = DX_POWER * (A*dz + B*t + C), t = x_hat / RATIO. dweight and
-dbias are sums over samples of the channels' sums: in parts of PART_SAMPLES samples, each part in order and without
-loss (two float64), the parts in order at the end. Under a mask the sums are over all elements, since the statistics
-are in each of their outputs, and B*t + C is for those that are kept, since only they are in the statistics.
-
-For arrays in parts the last two phases are there by themselves, with statistics that were given: `backward_sums` ends
-with the sums over each group, `backward_apply` has only dx, with the means of such sums.
+dz = dy * act'(z). With A = weight*RATIO, B and C of the group: dx = DX_POWER * (A*dz + B*t + C), t = x_hat / RATIO.
+dweight and dbias are sums over samples of the channels' sums: in parts of PART_SAMPLES samples, each part in order and
+without loss (two float64), the parts in order at the end. Under a mask the sums are over all elements, since the
+statistics are in each of their outputs, and B*t + C is for those that are kept, since only they are in the statistics.
 """
 
 from __future__ import annotations
@@ -23,24 +19,24 @@ from .chunks import chunk_memory, chunk_of
 from .compile import inner
 from .convert import to_compute
 from .gradients import task_gradients
-from .groups import coefficient_kernel, data_of, given_records, group_of, moments_phase, record_lanes, start_call
+from .groups import coefficient_kernel, given_finish, group_of, record_lanes
 from .labelled import group_sums
 from .masked import kept_sums, mask_step, open_mask
 from .memory import bits_float, load_f64, load_i64, store_f64, store_i64
-from .program import GATES, Kind, Program
+from .phases import GATES
 from .simd import LANES, fma
 from .statistics import itemsize, pair, record_writer
 from .sums import add_layers, sum_kernels
-from .table import sample_kernel
 from .words import FOLDED, SUMS
 
 _X, _DY, _OUT = 0, 1, 2  # positions among the arrays of the geometry
 
 
 @cache
-def sums_phase(kind: Kind) -> tuple[Any, Any]:
-    """Phase 1: sums of a chunk, and the records and gradients that come from a task's."""
-    x, y, compute, activation, by_rows, dense, labelled, masked, _ = kind
+def sums_chunk(
+    x: str, y: str, compute: str, activation: str | None, by_rows: bool, dense: bool, labelled: bool, masked: bool
+) -> Any:
+    """Kernel: sums of a chunk."""
     run, careful, unfold, columns = sum_kernels(y, x, compute, activation, itemsize(y), itemsize(x))
     run_kept, columns_kept = kept_sums(x, compute, itemsize(x))
     sums_kept = SUMS + masked
@@ -69,7 +65,7 @@ def sums_phase(kind: Kind) -> tuple[Any, Any]:
             for g in range(groups):
                 fill(records + g * w.RECORD_BYTES, load_f64(mean, g), 0.0, 1.0, load_f64(rstd, g), 1.0)
                 if gated:  # noqa: SIM102 - known when the kernel is compiled
-                    if load_i64(call, w.CALL_PHASE) == 0:
+                    if load_i64(call, w.CALL_GIVEN) == 0:
                         # the slope of a gate needs all digits of x_hat in this phase already
                         low = load_f64(store + g * w.RECORD_BYTES, w.MINUS_LOW)
                         store_f64(records + g * w.RECORD_BYTES, w.MINUS_LOW, low)
@@ -109,7 +105,7 @@ def sums_phase(kind: Kind) -> tuple[Any, Any]:
                         if double:
                             total += load_f64(lost, j)
                     store_f64(out + k * padded, c, total)
-            if masked and (double or load_i64(call, w.CALL_PHASE) == 1):
+            if masked and (double or load_i64(call, w.CALL_GIVEN) == 1):
                 columns_kept(px, x_step, pm, m_step, rows, cols, own, each64, coefficients, each)
                 for c in range(channels):
                     kept = 0.0
@@ -150,7 +146,7 @@ def sums_phase(kind: Kind) -> tuple[Any, Any]:
                             load_f64(record, w.RATIO) * load_f64(weight, first + c), load_f64(bias, first + c),
                             out + 8 * c, padded,
                         )  # fmt: skip
-            if masked and (double or load_i64(call, w.CALL_PHASE) == 1):
+            if masked and (double or load_i64(call, w.CALL_GIVEN) == 1):
                 for c in range(channels):
                     if labelled:
                         record = records + group_of(geometry, channel0 + c) * w.RECORD_BYTES
@@ -160,10 +156,19 @@ def sums_phase(kind: Kind) -> tuple[Any, Any]:
                         p, h, m, out + 8 * c, padded,
                     )  # fmt: skip
 
+    return chunk_sums
+
+
+@cache
+def sums_finish(compute: str, labelled: bool, masked: bool, gated: bool) -> Any:
+    """Kernel: the records and gradients that come from a task's sums; `gated` in float64 alone."""
+    fill = record_writer(compute)
     channels_of, channel_at, over_group = group_sums(labelled)
+    sums_kept = SUMS + masked
+    double = compute == "float64"
 
     @inner
-    def finish_sums(geometry: int, call: int, task: int, store: int, scratch: int) -> None:
+    def finish_sums(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
         groups = word(geometry, w.GROUPS)
         bundle0 = (task % word(geometry, w.BUNDLES)) * word(geometry, w.BUNDLE_CHANNELS)
         width = word(geometry, w.BUNDLE_CHANNELS)
@@ -182,7 +187,7 @@ def sums_phase(kind: Kind) -> tuple[Any, Any]:
             low = load_f64(record, w.MINUS_LOW)
             fill(record, load_f64(mean, g), 0.0, 1.0, load_f64(rstd, g), 1.0)
             if gated:  # noqa: SIM102
-                if load_i64(call, w.CALL_PHASE) == 0:
+                if load_i64(call, w.CALL_GIVEN) == 0:
                     store_f64(record, w.MINUS_LOW, low)
             start, size = channels_of(geometry, g)
             elements = size * spatial
@@ -190,7 +195,7 @@ def sums_phase(kind: Kind) -> tuple[Any, Any]:
             recentred = double
             if masked:
                 count = load_f64(record, w.COUNT)
-                if load_i64(call, w.CALL_PHASE) == 1:  # the first was left out: the statistics were given
+                if load_i64(call, w.CALL_GIVEN) == 1:  # the first was left out: the statistics were given
                     recentred = True
                     count = over_group(geometry, g, totals + 3 * padded, 0, scratch)
                 elements += 0.0 / count  # NaN where nothing is kept
@@ -211,20 +216,22 @@ def sums_phase(kind: Kind) -> tuple[Any, Any]:
             store_f64(record, w.OFFSET, -ratio * mean_v)
             store_f64(record, w.SLOPE, -ratio * ratio * mean_v_xhat)
             if double and not masked:  # noqa: SIM102 - known when the kernel is compiled
-                if elements == 2.0 and load_i64(call, w.CALL_PHASE) == 0:
+                if elements == 2.0 and load_i64(call, w.CALL_GIVEN) == 0:
                     pair(record, bits_float(word(geometry, w.EPS)))
             if elements == 1.0:
                 store_f64(record, w.RATIO, 0.0)
                 store_f64(record, w.OFFSET, 0.0)
                 store_f64(record, w.SLOPE, 0.0)
+        task_gradients(geometry, call, task, store)
 
-    return chunk_sums, finish_sums
+    return finish_sums
 
 
 @cache
-def dx_phase(kind: Kind) -> Any:
-    """Phase 2: dx of a chunk."""
-    x, y, compute, activation, by_rows, dense, labelled, masked, _ = kind
+def dx_chunk(
+    x: str, y: str, compute: str, activation: str | None, by_rows: bool, dense: bool, labelled: bool, masked: bool
+) -> Any:
+    """Kernel: dx of a chunk."""
     run, rows_kernel = apply_kernels(x, y, compute, activation, masked)
     expand = coefficient_kernel(compute)
     lanes_of = record_lanes(compute)
@@ -296,25 +303,23 @@ def dx_phase(kind: Kind) -> Any:
     return chunk_dx
 
 
+@inner
+def sums_given(geometry: int, call: int, task: int) -> tuple[int, int]:
+    """Where a task's two sums over groups are, or their means, of a backward in parts."""
+    first = load_i64(call, w.CALL_PARTS) + 8 * task * word(geometry, w.GROUPS)
+    return first, first + 8 * word(geometry, w.N) * word(geometry, w.ALL_GROUPS)
+
+
 @cache
-def parts_finisher(compute: str, labelled: bool) -> Any:
-    """finish(geometry, call, task, store, scratch): the end of phase 1 of a backward in parts."""
+def parts_sums(compute: str, labelled: bool) -> Any:
+    """Kernel: the sums of a task, in a backward in parts."""
     channels_of, channel_at, over_group = group_sums(labelled)
-    fill = given_records(compute)
+    fill = given_finish(compute)
 
     @inner
-    def finish_parts(geometry: int, call: int, task: int, store: int, scratch: int) -> None:
-        fill(geometry, call, task, store)
-        groups = word(geometry, w.GROUPS)
-        first = load_i64(call, w.CALL_PARTS) + 8 * task * groups
-        second = first + 8 * word(geometry, w.N) * word(geometry, w.ALL_GROUPS)
-        if load_i64(call, _OUT) != 0:
-            for g in range(groups):
-                record = store + g * w.RECORD_BYTES
-                ratio = load_f64(record, w.RATIO)
-                store_f64(record, w.OFFSET, -ratio * load_f64(first, g))
-                store_f64(record, w.SLOPE, -ratio * ratio * load_f64(second, g))
-            return
+    def finish(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
+        fill(geometry, call, task, chunk, store, scratch)
+        first, second = sums_given(geometry, call, task)
         width = word(geometry, w.BUNDLE_CHANNELS)
         padded = 8 * word(geometry, w.PADDED_WIDTH)
         totals = store + word(geometry, w.TOTALS_AT)
@@ -322,7 +327,7 @@ def parts_finisher(compute: str, labelled: bool) -> Any:
             sums = store + word(geometry, w.SUMS_AT) + k * padded
             add_layers(sums, word(geometry, w.LAYERS), SUMS * padded, width, totals + k * padded)
         weight = scratch + word(geometry, w.WEIGHT_AT) + 8 * (task % word(geometry, w.BUNDLES)) * width
-        for g in range(groups):
+        for g in range(word(geometry, w.GROUPS)):
             ratio = load_f64(store + g * w.RECORD_BYTES, w.RATIO)
             start, size = channels_of(geometry, g)
             for k in range(start, start + size):
@@ -332,56 +337,22 @@ def parts_finisher(compute: str, labelled: bool) -> Any:
             store_f64(second, g, over_group(geometry, g, totals + padded, weight, scratch))
         task_gradients(geometry, call, task, store)
 
-    return finish_parts
+    return finish
 
 
-def kernel(kind: Kind) -> Program:
-    """Arrays: x, dy, out, weight, bias, mean, rstd, dweight, dbias, where; then the first phase, and parts.
-
-    parts: for a backward in parts, an array of two rows over the groups. Without an out the sums of dy*weight and of
-    dy*weight*x_hat are written there, with one it holds their means.
-    """
-    chunk_moments, finish_moments = moments_phase(kind)
-    chunk_sums, finish_sums = sums_phase(kind)
-    finish_parts = parts_finisher(kind.compute, kind.labelled)
-    chunk_dx = dx_phase(kind)
-    sample = sample_kernel(kind.x, kind.y, kind.compute, kind.activation)
-    table = kind.table
+@cache
+def parts_means(compute: str) -> Any:
+    """Kernel: records from statistics and means that were given, in a backward in parts."""
+    fill = given_finish(compute)
 
     @inner
-    def run_chunk(phase: int, geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
-        if phase == 0:
-            chunk_moments(geometry, call, task, chunk, store, scratch)
-        elif table:
-            sample(geometry, call, task, scratch)
-        elif phase == 1:
-            if load_i64(call, w.CALL_PARTS) == 0 or load_i64(call, _OUT) == 0:
-                chunk_sums(geometry, call, task, chunk, store, scratch)
-        elif load_i64(call, _OUT) != 0:
-            chunk_dx(geometry, call, task, chunk, store, scratch)
+    def finish(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
+        fill(geometry, call, task, chunk, store, scratch)
+        first, second = sums_given(geometry, call, task)
+        for g in range(word(geometry, w.GROUPS)):
+            record = store + g * w.RECORD_BYTES
+            ratio = load_f64(record, w.RATIO)
+            store_f64(record, w.OFFSET, -ratio * load_f64(first, g))
+            store_f64(record, w.SLOPE, -ratio * ratio * load_f64(second, g))
 
-    @inner
-    def finish(phase: int, geometry: int, call: int, task: int, store: int, scratch: int) -> None:
-        if phase == 0:
-            finish_moments(geometry, call, task, store, scratch, False)
-        elif table:
-            return
-        elif load_i64(call, w.CALL_PARTS) != 0:
-            finish_parts(geometry, call, task, store, scratch)
-        else:
-            finish_sums(geometry, call, task, store, scratch)
-            task_gradients(geometry, call, task, store)
-
-    def start(
-        geometry: int, call: int, x: int, dy: int, out: int, weight: int, bias: int, mean: int, rstd: int,
-        dweight: int, dbias: int, where: int, first: int, parts: int,
-    ) -> int:  # fmt: skip
-        store_i64(call, _X, data_of(x))
-        store_i64(call, _DY, data_of(dy))
-        store_i64(call, _OUT, data_of(out))
-        store_i64(call, w.CALL_PHASE, first)
-        store_i64(call, w.CALL_PARTS, data_of(parts))
-        start_call(geometry, call, weight, bias, mean, rstd, where, dweight, dbias)
-        return first
-
-    return Program(start, run_chunk, finish, last=1 if table else 2, gradients=True)
+    return finish

@@ -1,0 +1,75 @@
+"""The forward's second phase: y of a chunk, from the records of its groups."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from . import words as w
+from .access import word
+from .apply import apply_kernels
+from .chunks import chunk_memory, chunk_of
+from .compile import inner
+from .groups import coefficient_kernel, group_of, record_lanes
+from .memory import load_f64, load_i64
+from .statistics import itemsize
+
+_X, _OUT = 0, 1  # positions among the arrays of the geometry
+
+
+@cache
+def apply_chunk(
+    x: str, y: str, compute: str, activation: str | None, by_rows: bool, dense: bool, labelled: bool
+) -> Any:
+    """Kernel: y of one chunk."""
+    x_size, y_size = itemsize(x), itemsize(y)
+    run, rows_kernel = apply_kernels(x, y, compute, activation, x_size, y_size)
+    expand = coefficient_kernel(compute)
+    lanes_of = record_lanes(compute)
+    open_chunk, row_bytes, close_chunk = chunk_memory(dense)
+
+    @inner
+    def chunk_apply(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
+        bundles = word(geometry, w.BUNDLES)
+        n = task // bundles
+        bundle0 = (task % bundles) * word(geometry, w.BUNDLE_CHANNELS)
+        row0, rows, channel0, channels, start, length, _ = chunk_of(geometry, chunk)
+        stream = word(geometry, w.STREAM) != 0
+        piece = scratch + word(geometry, w.PIECES_AT)
+        y_piece = piece + word(geometry, w.PIECE_BYTES)
+        y_base = load_i64(call, _OUT)
+        first = bundle0 + channel0
+        x_base = load_i64(call, _X)
+        px = open_chunk(geometry, _X, x_base, n, row0, rows, first, channels, start, length, piece, True)
+        py = open_chunk(geometry, _OUT, y_base, n, row0, rows, first, channels, start, length, y_piece, False)
+        x_step = row_bytes(geometry, _X, channels, length)
+        y_step = row_bytes(geometry, _OUT, channels, length)
+        if by_rows:
+            expand(geometry, call, task, task, channel0, channels, store, scratch, 5, True)
+            coefficients = scratch + word(geometry, w.COEFFICIENTS_AT)
+            each = word(geometry, w.COEFFICIENT_BYTES)
+            folded = load_i64(call, w.CALL_FOLDED) != 0
+            rows_kernel(px, x_step, py, y_step, rows, channels * length, coefficients, each, stream, folded)
+        else:
+            weight = scratch + word(geometry, w.WEIGHT_AT)
+            bias = scratch + word(geometry, w.BIAS_AT)
+            record = store
+            p, h, m = lanes_of(record)
+            ratio = load_f64(record, w.RATIO)
+            for r in range(rows):
+                for c in range(channels):
+                    if labelled:
+                        record = store + group_of(geometry, channel0 + c) * w.RECORD_BYTES
+                        p, h, m = lanes_of(record)
+                        ratio = load_f64(record, w.RATIO)
+                    run(
+                        px + r * x_step + c * length * x_size,
+                        py + r * y_step + c * length * y_size,
+                        length, p, h, m,
+                        ratio * load_f64(weight, first + c),
+                        load_f64(bias, first + c),
+                        stream,
+                    )  # fmt: skip
+        close_chunk(geometry, _OUT, y_base, n, row0, rows, first, channels, start, length, y_piece)
+
+    return chunk_apply
