@@ -18,9 +18,7 @@ _X, _OUT = 0, 1  # positions among the arrays of the geometry
 
 
 @cache
-def apply_chunk(
-    x: str, y: str, compute: str, activation: str | None, by_rows: bool, dense: bool, labelled: bool
-) -> Any:
+def apply_chunk(x: str, y: str, compute: str, activation: str | None, by_rows: bool, dense: bool) -> Any:
     """Kernel: y of one chunk."""
     x_size, y_size = itemsize(x), itemsize(y)
     run, rows_kernel = apply_kernels(x, y, compute, activation, x_size, y_size)
@@ -53,6 +51,7 @@ def apply_chunk(
         else:
             weight = scratch + word(geometry, w.WEIGHT_AT)
             bias = scratch + word(geometry, w.BIAS_AT)
+            labelled = word(geometry, w.LABELS) != 0
             record = store
             p, h, m = lanes_of(record)
             ratio = load_f64(record, w.RATIO)

@@ -27,6 +27,7 @@ from .compile import inner
 from .convert import COMPUTE, loader, storer, to_compute
 from .masked import mask_at
 from .memory import I64, load_f64, pointer, store_f64
+from .phases import GATES
 from .simd import F64, LANES, first_lanes, fma, reduce_add, select, splat, vector_of, widen
 from .statistics import itemsize
 
@@ -42,11 +43,11 @@ k = dy * act''(z), k*t, k*t*t, k*u, k*u*t.
 """
 
 
-def sums_of(second: bool, activation: str | None) -> int:
-    """How many of the sums an operation takes."""
+def sums_of(second: bool, bent: bool) -> int:
+    """How many of the sums an operation takes, under an activation whose slope changes or not."""
     if not second:
         return V
-    return K if activation in (None, "relu") else KUT + 1  # act'' of relu is 0
+    return KUT + 1 if bent else K
 
 
 @cache
@@ -111,7 +112,7 @@ def stepper(compute: str, activation: str | None, second: bool, masked: bool) ->
     A mask counts in the means of u and u*t alone: every element's dy depends on the statistics.
     """
     derivatives = derivative_kernel(compute, activation)
-    count = sums_of(second, activation)
+    count = sums_of(second, activation in GATES)
     active = activation is not None
 
     @inner
@@ -172,7 +173,7 @@ def product_sums(x: str, y: str, compute: str, activation: str | None, second: b
     load_x, load_x_part = loader(x, compute)
     load_y, load_y_part = loader(y, compute)
     load_c, _ = loader(compute, compute)
-    count = sums_of(second, activation)
+    count = sums_of(second, activation in GATES)
     zeros, add_all, _ = tuples(count, compute)
     step = stepper(compute, activation, second, masked)
     lanes = to_compute(compute)
@@ -325,7 +326,7 @@ def combiner(compute: str, activation: str | None, second: bool, masked: bool) -
     derivatives = derivative_kernel(compute, activation)
     lanes = to_compute(compute)
     active = activation is not None
-    bent = sums_of(True, activation) > K
+    bent = activation in GATES
 
     @inner
     def combine(x: Any, u: Any, v: Any, kept: Any, c: Any) -> Any:

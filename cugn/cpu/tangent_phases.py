@@ -27,6 +27,7 @@ from .groups import coefficient_kernel, group_of, record_lanes, tangent_at
 from .labelled import group_sums
 from .masked import mask_step, open_mask
 from .memory import load_f64, load_i64, store_f64
+from .phases import GATES
 from .simd import LANES
 from .statistics import itemsize
 from .sums import add_layers
@@ -52,18 +53,18 @@ _X, _U, _V = 0, 1, 2  # positions among the arrays of the geometry; after them t
 (_GBIAS, _GWEIGHT, _Q, _QX, _QJ, _R, _RX) = range(7)
 
 
-def totals_of(second: bool, activation: str | None) -> int:
+def totals_of(second: bool, bent: bool) -> int:
     """Arrays of totals of the channels that an operation needs."""
-    return max(sums_of(second, activation), _RX + 1 if second else 0)
+    return max(sums_of(second, bent), _RX + 1 if second else 0)
 
 
 @cache
-def arrays_read(dense: bool, masked: bool, second: bool) -> Any:
+def arrays_read(masked: bool, second: bool) -> Any:
     """open_all(geometry, call, n, row0, rows, first, channels, start, length, scratch): a chunk of x, u, v and mask.
 
     Address and distance between rows of each; v is u where there is none, the mask 0.
     """
-    open_chunk, row_bytes, _ = chunk_memory(dense)
+    open_chunk, row_bytes, _ = chunk_memory(dense=False)
 
     @inner
     def open_all(
@@ -95,19 +96,17 @@ def arrays_read(dense: bool, masked: bool, second: bool) -> Any:
 
 
 @cache
-def sums_chunk(
-    x: str, y: str, compute: str, activation: str | None, by_rows: bool, dense: bool, labelled: bool, masked: bool,
-    second: bool,
-) -> Any:  # fmt: skip
+def sums_chunk(x: str, y: str, compute: str, activation: str | None, by_rows: bool, masked: bool, second: bool) -> Any:
     """Kernel: sums of a chunk."""
     run, columns = product_sums(x, y, compute, activation, second, masked)
     expand = coefficient_kernel(compute, tangents=True)
     lanes_of = record_lanes(compute)
-    open_all = arrays_read(dense, masked, second)
+    open_all = arrays_read(masked, second)
     x_size, y_size = itemsize(x), itemsize(y)
     double = compute == "float64"
     active = activation is not None and second
-    count, totals_count = sums_of(second, activation), totals_of(second, activation)
+    bent = activation in GATES
+    count, totals_count = sums_of(second, bent), totals_of(second, bent)
 
     @inner
     def chunk_sums(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
@@ -153,11 +152,10 @@ def sums_chunk(
 
 
 @cache
-def sums_finish(activation: str | None, labelled: bool, second: bool) -> Any:
-    """Kernel: the coefficients and gradients that come from a task's sums; with second, by kinds of activations."""
+def sums_finish(bent: bool, labelled: bool, second: bool) -> Any:
+    """Kernel: the coefficients and gradients that come from a task's sums."""
     channels_of, channel_at, over_group = group_sums(labelled)
-    count, totals_count = sums_of(second, activation), totals_of(second, activation)
-    bent = count > K
+    count, totals_count = sums_of(second, bent), totals_of(second, bent)
 
     @inner
     def finish_sums(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
@@ -231,17 +229,14 @@ def sums_finish(activation: str | None, labelled: bool, second: bool) -> Any:
 
 
 @cache
-def apply_chunk(
-    x: str, y: str, compute: str, activation: str | None, by_rows: bool, dense: bool, labelled: bool, masked: bool,
-    second: bool,
-) -> Any:  # fmt: skip
+def apply_chunk(x: str, y: str, compute: str, activation: str | None, by_rows: bool, masked: bool, second: bool) -> Any:
     """Kernel: the results of a chunk."""
     splats, run, rows_kernel = apply_kernels(x, y, compute, activation, second, masked)
     expand = coefficient_kernel(compute, tangents=True)
-    open_chunk, row_bytes, close_chunk = chunk_memory(dense)
+    open_chunk, row_bytes, close_chunk = chunk_memory(dense=False)
     x_size, y_size = itemsize(x), itemsize(y)
     arrays = coefficients_of(second)
-    open_all = arrays_read(dense, masked and second, second)
+    open_all = arrays_read(masked and second, second)
     first_out = _V + 1 if second else _V
     other_out = first_out + 1 if second else first_out
 

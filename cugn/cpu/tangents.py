@@ -21,6 +21,7 @@ from .calls import (
     in_weight_dtype,
 )
 from .parts import run
+from .phases import GATES
 
 Array = Any
 
@@ -38,7 +39,7 @@ def _prepared(plan: Plan, operation: str, arrays: list[Any], weight: Array, bias
     compute = "float64" if plan.y_dtype == "float64" or small else "float32"
     shape = geometry.of(
         plan, arrays, threads.setting(), compute=compute, where=where, phases=3,
-        sums=totals_of(second, plan.activation),
+        sums=totals_of(second, plan.activation in GATES),
         gradients=2 if second else 0, writes=2 if second else 1, vectors=4, coefficients=coefficients_of(second),
         weight_kind=_kind(weight, plan.y_dtype), bias_kind=_kind(bias, plan.y_dtype),
     )  # fmt: skip
