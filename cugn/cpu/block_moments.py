@@ -17,7 +17,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from .compile import inner
+from .compile import general, inner
 from .convert import loader, storer
 from .memory import load_f64, store_f64
 from .simd import LANES, first_lanes, fma, less, reduce_add, reduce_max, rounding, select, splat, vector_max, widen
@@ -57,7 +57,7 @@ def two_sum_error(a: float, b: float, total: float) -> float:
     return (a - (total - kept)) + (b - kept)
 
 
-@inner
+@general
 def merge(parts: int, count: int, step: int, out: int) -> None:
     """One partial of `count` ones that lie `step` bytes apart."""
     if count == 1:

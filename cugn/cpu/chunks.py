@@ -6,7 +6,7 @@ from typing import Any
 
 from . import words as w
 from .access import array_word, word
-from .compile import apart, inner
+from .compile import apart, general, inner
 from .memory import load_i32, load_i64, load_u8, load_u16, store_i32, store_i64, store_u8, store_u16
 
 
@@ -119,7 +119,7 @@ def sample_of_axes(geometry: int, array: int, n: int) -> int:
     return offset_of(axes + 32, load_i64(axes, 1), n)
 
 
-@inner
+@general
 def sample_at(geometry: int, array: int, base: int, n: int) -> int:
     """Address of a sample of a dense array."""
     if array_word(geometry, array, w.APART) == 0:
@@ -127,7 +127,7 @@ def sample_at(geometry: int, array: int, base: int, n: int) -> int:
     return base + sample_of_axes(geometry, array, n)
 
 
-@inner
+@general
 def open_dense(
     geometry: int, array: int, base: int, n: int, row0: int, rows: int, channel0: int, channels: int,
     start: int, length: int, piece: int, read: bool,
@@ -137,13 +137,13 @@ def open_dense(
     return sample_at(geometry, array, base, n) + row0 * array_word(geometry, array, w.SO) + inside
 
 
-@inner
+@general
 def row_bytes_dense(geometry: int, array: int, channels: int, length: int) -> int:
     """Distance between the rows of a dense array."""
     return array_word(geometry, array, w.SO)
 
 
-@inner
+@general
 def close_dense(
     geometry: int, array: int, base: int, n: int, row0: int, rows: int, channel0: int, channels: int,
     start: int, length: int, piece: int,

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import words as w
 from .access import word
-from .compile import inner
+from .compile import general, inner
 from .convert import loader, storer, to_compute
 from .memory import bits_float, load_f32, load_f64, load_i64, store_f64, store_i64
 from .simd import (
@@ -50,7 +50,7 @@ def join(geometry: int, work: int, role: int) -> int:
     return work + word(geometry, w.SCRATCH_AT) + slot * word(geometry, w.SCRATCH_BYTES)
 
 
-@inner
+@general
 def load_vector(target: int, source: int, kind: int, count: int, default: float) -> None:
     """A vector over the channels as float64, `default` where there is none."""
     if source == 0:
@@ -293,7 +293,7 @@ def coefficient_kernel(compute: str, tangents: bool = False) -> Any:
     return expand
 
 
-@inner
+@general
 def start_call(
     geometry: int, call: int, weight: int, bias: int, mean: int, rstd: int, where: int, dweight: int, dbias: int
 ) -> None:
