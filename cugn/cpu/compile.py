@@ -52,8 +52,9 @@ class _KernelLibrary(JITCodeLibrary):
         for function in self._final_module.functions:
             if not function.is_declaration and function.linkage == Linkage.linkonce_odr:
                 function.linkage = "internal"
-                if any(name in function.name for name in _APART) and _can_stay_apart():
-                    function.add_function_attribute("noinline")
+                for name, attribute in _INLINED.items():
+                    if name in function.name and _takes_attributes():
+                        function.add_function_attribute(attribute)
         try:
             passes, builder = self.codegen._module_pass_manager(loop_vectorize=False, slp_vectorize=False, opt=_LEVEL)
         except (AttributeError, TypeError, ValueError):  # another Numba's passes: right as well, and slower
@@ -63,7 +64,7 @@ class _KernelLibrary(JITCodeLibrary):
 
 
 @cache
-def _can_stay_apart() -> bool:
+def _takes_attributes() -> bool:
     """Whether "noinline" goes to the function: llvmlite 0.44 gives it to the result, and LLVM refuses the module."""
     module = parse_assembly("define void @f() { ret void }")
     module.get_function("f").add_function_attribute("noinline")
@@ -91,7 +92,8 @@ _LEVEL = 1
 """The loops that matter are vectors already. LLVM's level 3 takes 0.5 to 0.9 s more for a kernel, a tenth of its time,
 and its code is no faster: at level 1, 24 calls took 0.98 of the time in the mean (medians, 0.8 to 1.13; AVX2).
 """
-_APART: set[str] = set()
+_INLINED: dict[str, str] = {}
+"""LLVM's word on functions that are not left to its choice, by their names as they stand in mangled ones."""
 _OPTIONS = {"nogil": True, "error_model": "numpy", "_nrt": False}
 
 
@@ -115,8 +117,14 @@ def apart(function: Callable[..., Any]) -> Any:
 
     LLVM would put it into each of its callers.
     """
-    _APART.add(f"{len(function.__name__)}{function.__name__}")  # as it stands in the mangled name
+    _INLINED[f"{len(function.__name__)}{function.__name__}"] = "noinline"
     return general(function)
+
+
+def within(function: Callable[..., Any]) -> Any:
+    """An inner function that LLVM puts into its caller, whatever it thinks of that."""
+    _INLINED[f"{len(function.__name__)}{function.__name__}"] = "alwaysinline"
+    return inner(function)
 
 
 def compiled(function: Callable[..., Any], name: str, for_python: bool) -> Any:

@@ -35,8 +35,11 @@ def backward(
     geometry: int, call: int, x: int, dy: int, out: int, weight: int, bias: int, mean: int, rstd: int, dweight: int,
     dbias: int, where: int, given: int, parts: int,
 ) -> None:  # fmt: skip
-    """given: whether mean and rstd are; parts: in a backward in parts, an array of two rows over the groups, for the
-    sums of dy*weight and of dy*weight*x_hat, or with their means."""
+    """Whole, or in parts; `given` says whether mean and rstd are.
+
+    parts: in a backward in parts, an array of two rows over the groups, for the sums of dy*weight and of
+    dy*weight*x_hat, or with their means.
+    """
     store_i64(call, 0, data_of(x))
     store_i64(call, 1, data_of(dy))
     store_i64(call, 2, data_of(out))
