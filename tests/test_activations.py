@@ -7,9 +7,11 @@ from typing import Any
 
 import mpmath
 import numpy as np
+import oracle
 import pytest
 from libraries import Library
 
+import cugn
 from cugn.activations import activate, curvature, erfc, slope
 
 GATED = ("silu", "gelu", "gelu_tanh")
@@ -44,5 +46,20 @@ def test_limits(name: str, library: Library) -> None:
         check(activate(xp, name, given), np.where(z < 0, 0, z))
         check(slope(xp, name, given), z > 0)
         check(curvature(xp, name, given), np.zeros(8))
+    finite = z[np.isfinite(z)].astype(oracle.LONG)
+    np.testing.assert_array_equal(oracle.act_slope(name, finite), finite > 0)
+    np.testing.assert_array_equal(oracle.act_curvature(name, finite), np.zeros(6))
     for function in (activate, slope, curvature):
         assert np.isnan(library.numpy(function(xp, name, library.array(np.array(np.nan)))))
+
+
+def test_gradients_where_a_mask_leaves_values_far_from_zero(library: Library) -> None:
+    """One element is kept, so that the others are up to 1e40 in the units of rstd: slope 1 above, 0 below."""
+    x = np.array([[2.2e38, -6.1e37, 3.4e37] * 8], np.float32).reshape(1, 3, 8, order="F")
+    where = (np.arange(3) == 2)[None, :, None]
+    dy = np.random.default_rng(0).normal(size=x.shape).astype(np.float32)
+    given = (library.array(a) for a in (dy, x))
+    result = cugn.group_norm_backward(*given, 1, where=library.array(where), activation="silu")
+    dbias = library.numpy(result.dbias)
+    expected = [dy[0, 0].sum(dtype=float), 0, dy[0, 2].sum(dtype=float) / 2]  # of those that are kept z is 0
+    np.testing.assert_allclose(dbias, expected, rtol=1e-5, atol=1e-30)
