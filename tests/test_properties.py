@@ -63,9 +63,20 @@ def test_forward(call: Call) -> None:
     assert [a.tobytes() for a in _arrays(call)] == before
 
 
+def _at_a_kink(call: Call) -> bool:
+    """Whether relu's slope hangs on a rounding: z is next to 0; or is 0, and the mean comes from those of channels."""
+    if call.options["activation"] != "relu":
+        return False
+    z = oracle.forward(call.x, call.groups, call.weight, call.bias, **{**call.options, "activation": None})
+    computed = np.dtype("float64" if call.y_dtype == "float64" else "float32")
+    near = np.abs(z.y) <= 4 * oracle.epsilon(computed) * z.scale
+    return bool((near if isinstance(call.groups, list) else near & (z.y != 0)).any())
+
+
 @given(call=calls())
 def test_backward(call: Call) -> None:
     """dx, dweight, dbias of any call, with the forward's statistics and without; the inputs keep their bytes."""
+    assume(not _at_a_kink(call))
     before = [a.tobytes() for a in _arrays(call)]
     arguments = (call.dy, call.x, call.groups, call.weight, call.bias)
     expected = oracle.backward(*arguments, **call.options)
