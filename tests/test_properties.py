@@ -73,10 +73,19 @@ def _at_a_kink(call: Call) -> bool:
     return bool((near if isinstance(call.groups, list) else near & (z.y != 0)).any())
 
 
+def _beyond_float64(call: Call) -> bool:
+    """Whether sums of x_hat may leave the range, where a mask leaves out values 1e308 away: 0 * inf is NaN then."""
+    if call.y_dtype != "float64" or call.options["where"] is None:
+        return False
+    x_hat = oracle.forward(call.x, call.groups, **{**call.options, "activation": None}).y
+    return bool((np.isfinite(x_hat) & (np.abs(x_hat) > 1e300)).any())
+
+
 @given(call=calls())
 def test_backward(call: Call) -> None:
     """dx, dweight, dbias of any call, with the forward's statistics and without; the inputs keep their bytes."""
     assume(not _at_a_kink(call))
+    assume(not _beyond_float64(call))
     before = [a.tobytes() for a in _arrays(call)]
     arguments = (call.dy, call.x, call.groups, call.weight, call.bias)
     expected = oracle.backward(*arguments, **call.options)
