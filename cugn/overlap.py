@@ -129,6 +129,9 @@ def _shadow(array: Any) -> np.ndarray[Any, Any] | None:
             itemsize = array.element_size()
             strides = tuple(itemsize * stride for stride in array.stride())
             return np.asarray(_Addresses(array.data_ptr(), tuple(array.shape), strides, itemsize))
-        return np.from_dlpack(array)  # a view
+        try:
+            return np.from_dlpack(array)  # a view
+        except BufferError:  # read-only memory, before NumPy 2.1
+            return np.asarray(array, copy=False)
     except (AttributeError, TypeError, ValueError, RuntimeError, BufferError):  # sparse, on a GPU, of another dtype
         return None

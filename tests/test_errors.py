@@ -408,9 +408,7 @@ def test_overlapping_out_of_other_libraries(library: str) -> None:
     x = LIBRARIES[library]().array(np.ones((6, 6, 4), np.float32))
     refused("out overlaps weight", base[:-1, :, :], x, base[0, :, 0])
     namespace = array_api_compat.array_namespace(base)
-    # NumPy 2.0 hands out no memory that is read-only, so that nobody sees what it is a broadcast of
-    pattern = "out is a broadcast array" + ("|read-only" if np.__version__.startswith("2.0.") else "")
-    refused(pattern, namespace.broadcast_to(base[:1, :, :], (6, 6, 4)), x)
+    refused("out is a broadcast array", namespace.broadcast_to(base[:1, :, :], (6, 6, 4)), x)
     # beside x, and x itself
     wanted = np.asarray(cugn.group_norm(base, 2))
     half = cugn.group_norm(base[:, :, ::2], 2)
