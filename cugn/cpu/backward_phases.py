@@ -15,13 +15,13 @@ from typing import Any
 from . import words as w
 from .access import word
 from .backward_loops import apply_kernels
-from .chunks import chunk_memory, chunk_of
+from .chunks import chunk_memory, place_of
 from .compile import inner
 from .convert import to_compute
 from .gradients import task_gradients
 from .groups import coefficient_kernel, given_finish, group_of, record_lanes
 from .labelled import group_sums
-from .masked import kept_sums, mask_step, open_mask
+from .masked import kept_sums, open_mask
 from .memory import bits_float, load_f64, load_i64, store_f64, store_i64
 from .phases import GATES
 from .simd import LANES, fma
@@ -43,7 +43,7 @@ def sums_chunk(
     fill = record_writer(compute)
     expand = coefficient_kernel(compute)
     lanes_of = record_lanes(compute)
-    open_chunk, row_bytes, _ = chunk_memory(dense)
+    open_chunk, _ = chunk_memory(dense)
     x_size, y_size = itemsize(x), itemsize(y)
     double = compute == "float64"
     active = activation is not None
@@ -51,12 +51,9 @@ def sums_chunk(
 
     @inner
     def chunk_sums(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
-        bundles = word(geometry, w.BUNDLES)
-        n = task // bundles
-        width = word(geometry, w.BUNDLE_CHANNELS)
-        bundle0 = (task % bundles) * width
+        place = place_of(geometry, task, chunk)
+        rows, first, channel0, channels, length = place.rows, place.first, place.channel0, place.channels, place.length
         groups = word(geometry, w.GROUPS)
-        row0, rows, channel0, channels, start, length, layer = chunk_of(geometry, chunk)
         mean = load_i64(call, w.CALL_MEAN) + 8 * task * groups
         rstd = load_i64(call, w.CALL_RSTD) + 8 * task * groups
         records = scratch + word(geometry, w.OWN_RECORDS_AT)
@@ -71,21 +68,13 @@ def sums_chunk(
                         store_f64(records + g * w.RECORD_BYTES, w.MINUS_LOW, low)
                 store_f64(records + g * w.RECORD_BYTES, w.SLOPE, 0.0)
                 store_f64(records + g * w.RECORD_BYTES, w.OFFSET, 0.0)
-        piece = scratch + word(geometry, w.PIECES_AT)
-        v_piece = piece + word(geometry, w.PIECE_BYTES)
-        first = bundle0 + channel0
-        x_base = load_i64(call, _X)
-        v_base = load_i64(call, _DY)
-        px = open_chunk(geometry, _X, x_base, n, row0, rows, first, channels, start, length, piece, True)
-        pv = open_chunk(geometry, _DY, v_base, n, row0, rows, first, channels, start, length, v_piece, True)
-        x_step = row_bytes(geometry, _X, channels, length)
-        v_step = row_bytes(geometry, _DY, channels, length)
+        px, x_step = open_chunk(geometry, call, _X, place, scratch, True)
+        pv, v_step = open_chunk(geometry, call, _DY, place, scratch, True)
         pm, m_step = 0, 0
         if masked:
-            pm = open_mask(geometry, call, n, row0, rows, first, channels, start, length, scratch)
-            m_step = mask_step(geometry, channels, length)
+            pm, m_step = open_mask(geometry, call, place, scratch)
         padded = 8 * word(geometry, w.PADDED_WIDTH)
-        out = store + word(geometry, w.SUMS_AT) + layer * sums_kept * padded + 8 * channel0
+        out = store + word(geometry, w.SUMS_AT) + place.layer * sums_kept * padded + 8 * channel0
         if by_rows:
             cols = channels * length
             own = scratch + word(geometry, w.BLOCKS_AT)
@@ -236,35 +225,22 @@ def dx_chunk(
     expand = coefficient_kernel(compute)
     lanes_of = record_lanes(compute)
     lanes = to_compute(compute)
-    open_chunk, row_bytes, close_chunk = chunk_memory(dense)
+    open_chunk, close_chunk = chunk_memory(dense)
     x_size, y_size = itemsize(x), itemsize(y)
     double = compute == "float64"
     arrays = 7 + double
 
     @inner
     def chunk_dx(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
-        bundles = word(geometry, w.BUNDLES)
-        n = task // bundles
-        bundle0 = (task % bundles) * word(geometry, w.BUNDLE_CHANNELS)
-        row0, rows, channel0, channels, start, length, _ = chunk_of(geometry, chunk)
+        place = place_of(geometry, task, chunk)
+        rows, first, channel0, channels, length = place.rows, place.first, place.channel0, place.channels, place.length
         stream = word(geometry, w.STREAM) != 0
-        piece = scratch + word(geometry, w.PIECES_AT)
-        v_piece = piece + word(geometry, w.PIECE_BYTES)
-        y_piece = v_piece + word(geometry, w.PIECE_BYTES)
-        first = bundle0 + channel0
-        x_base = load_i64(call, _X)
-        v_base = load_i64(call, _DY)
-        y_base = load_i64(call, _OUT)
-        px = open_chunk(geometry, _X, x_base, n, row0, rows, first, channels, start, length, piece, True)
-        pv = open_chunk(geometry, _DY, v_base, n, row0, rows, first, channels, start, length, v_piece, True)
-        py = open_chunk(geometry, _OUT, y_base, n, row0, rows, first, channels, start, length, y_piece, False)
-        x_step = row_bytes(geometry, _X, channels, length)
-        v_step = row_bytes(geometry, _DY, channels, length)
-        y_step = row_bytes(geometry, _OUT, channels, length)
+        px, x_step = open_chunk(geometry, call, _X, place, scratch, True)
+        pv, v_step = open_chunk(geometry, call, _DY, place, scratch, True)
+        py, y_step = open_chunk(geometry, call, _OUT, place, scratch, False)
         pm, m_step = 0, 0
         if masked:
-            pm = open_mask(geometry, call, n, row0, rows, first, channels, start, length, scratch)
-            m_step = mask_step(geometry, channels, length)
+            pm, m_step = open_mask(geometry, call, place, scratch)
         if by_rows:
             expand(geometry, call, 2 * task + 1, task, channel0, channels, store, scratch, arrays, True)
             coefficients = scratch + word(geometry, w.COEFFICIENTS_AT)
@@ -298,7 +274,7 @@ def dx_chunk(
                         load_f64(bias, first + c),
                         stream,
                     )  # fmt: skip
-        close_chunk(geometry, _OUT, y_base, n, row0, rows, first, channels, start, length, y_piece)
+        close_chunk(geometry, call, _OUT, place, scratch)
 
     return chunk_dx
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import words as w
 from .access import array_word, word
@@ -10,13 +10,29 @@ from .compile import apart, general, inner
 from .memory import load_i32, load_i64, load_u8, load_u16, store_i32, store_i64, store_u8, store_u16
 
 
-@inner
-def chunk_of(geometry: int, chunk: int) -> Any:
-    """(row0, rows, channel0, channels, start, length, layer): a chunk's part of its task.
+class Place(NamedTuple):
+    """A chunk's part of the arrays."""
 
-    channel0 counts from the bundle's first; start and length are within a channel; layer is its number among the
-    chunks that have a part of the same channel.
-    """
+    n: int
+    row0: int
+    rows: int
+    first: int
+    """Its first channel, from the sample's first."""
+    channel0: int
+    """The same, from the bundle's first."""
+    channels: int
+    start: int
+    """Within a channel, as length."""
+    length: int
+    layer: int
+    """The chunk's number among those that have a part of the same channel."""
+
+
+@inner
+def place_of(geometry: int, task: int, chunk: int) -> Any:
+    """Which part of the arrays a task's chunk is."""
+    bundles = word(geometry, w.BUNDLES)
+    width = word(geometry, w.BUNDLE_CHANNELS)
     parts = word(geometry, w.PARTS)
     part = chunk % parts
     rest = chunk // parts
@@ -25,10 +41,11 @@ def chunk_of(geometry: int, chunk: int) -> Any:
     row_chunk = rest // across
     row0 = row_chunk * word(geometry, w.ROWS)
     rows = min(word(geometry, w.ROWS), word(geometry, w.OUTER) - row0)
-    channels = min(word(geometry, w.CHANNELS), word(geometry, w.BUNDLE_CHANNELS) - channel0)
+    channels = min(word(geometry, w.CHANNELS), width - channel0)
     start = part * word(geometry, w.PART)
     length = min(word(geometry, w.PART), word(geometry, w.INNER) - start)
-    return row0, rows, channel0, channels, start, length, row_chunk * parts + part
+    first = task % bundles * width + channel0
+    return Place(task // bundles, row0, rows, first, channel0, channels, start, length, row_chunk * parts + part)
 
 
 @inner
@@ -62,21 +79,9 @@ def offset_of(axes: int, count: int, index: int) -> int:
 
 
 @apart
-def move_chunk(
-    geometry: int,
-    array: int,
-    base: int,
-    n: int,
-    row0: int,
-    rows: int,
-    channel0: int,
-    channels: int,
-    start: int,
-    length: int,
-    piece: int,
-    gather: bool,
-) -> None:
+def move_chunk(geometry: int, call: int, array: int, place: Any, piece: int, gather: bool) -> None:
     """Copy a strided array's chunk to the scratch memory (gather), or back."""
+    channels, start, length = place.channels, place.start, place.length
     # axes: channel stride, number of batch, outer and inner axes, then (size, stride) of each, batch axes first
     axes = array_word(geometry, array, w.AXES)
     itemsize = array_word(geometry, array, w.ITEMSIZE)
@@ -86,9 +91,9 @@ def move_chunk(
     inner_axes = load_i64(axes, 3)
     outer = axes + 32 + 16 * batch_axes
     inside = outer + 16 * outer_axes
-    origin = base + offset_of(axes + 32, batch_axes, n) + channel0 * channel_stride
-    for r in range(rows):
-        row = origin + offset_of(outer, outer_axes, row0 + r)
+    origin = load_i64(call, array) + offset_of(axes + 32, batch_axes, place.n) + place.first * channel_stride
+    for r in range(place.rows):
+        row = origin + offset_of(outer, outer_axes, place.row0 + r)
         if inner_axes == 0:
             if gather:
                 copy_run(piece, itemsize, row, channel_stride, channels, itemsize)
@@ -103,11 +108,11 @@ def move_chunk(
             while index < start + length:
                 along = index % last_size
                 count = min(last_size - along, start + length - index)
-                place = row + c * channel_stride + offset_of(inside, inner_axes, index)
+                here = row + c * channel_stride + offset_of(inside, inner_axes, index)
                 if gather:
-                    copy_run(piece, itemsize, place, last_stride, count, itemsize)
+                    copy_run(piece, itemsize, here, last_stride, count, itemsize)
                 else:
-                    copy_run(place, last_stride, piece, itemsize, count, itemsize)
+                    copy_run(here, last_stride, piece, itemsize, count, itemsize)
                 piece += count * itemsize
                 index += count
 
@@ -128,67 +133,48 @@ def sample_at(geometry: int, array: int, base: int, n: int) -> int:
 
 
 @general
-def open_dense(
-    geometry: int, array: int, base: int, n: int, row0: int, rows: int, channel0: int, channels: int,
-    start: int, length: int, piece: int, read: bool,
-) -> int:  # fmt: skip
-    """Address of a dense array's chunk."""
-    inside = (channel0 * word(geometry, w.INNER) + start) * array_word(geometry, array, w.ITEMSIZE)
-    return sample_at(geometry, array, base, n) + row0 * array_word(geometry, array, w.SO) + inside
+def open_dense(geometry: int, call: int, array: int, place: Any, scratch: int, read: bool) -> Any:
+    """A dense array's chunk, where it lies."""
+    step = array_word(geometry, array, w.SO)
+    inside = (place.first * word(geometry, w.INNER) + place.start) * array_word(geometry, array, w.ITEMSIZE)
+    return sample_at(geometry, array, load_i64(call, array), place.n) + place.row0 * step + inside, step
 
 
 @general
-def row_bytes_dense(geometry: int, array: int, channels: int, length: int) -> int:
-    """Distance between the rows of a dense array."""
-    return array_word(geometry, array, w.SO)
-
-
-@general
-def close_dense(
-    geometry: int, array: int, base: int, n: int, row0: int, rows: int, channel0: int, channels: int,
-    start: int, length: int, piece: int,
-) -> None:  # fmt: skip
+def close_dense(geometry: int, call: int, array: int, place: Any, scratch: int) -> None:
     """Nothing: results are where they belong."""
 
 
+@inner
+def piece_of(geometry: int, array: int, scratch: int) -> int:
+    """Memory for a strided array's chunk."""
+    return scratch + word(geometry, w.PIECES_AT) + array * word(geometry, w.PIECE_BYTES)
+
+
 @apart
-def open_any(
-    geometry: int, array: int, base: int, n: int, row0: int, rows: int, channel0: int, channels: int,
-    start: int, length: int, piece: int, read: bool,
-) -> int:  # fmt: skip
-    """Address of an array's chunk: in place, or a piece of memory, with a strided one's elements if they are read."""
+def open_any(geometry: int, call: int, array: int, place: Any, scratch: int, read: bool) -> Any:
+    """An array's chunk: where it lies, or a piece of memory, with a strided one's elements if they are read."""
     if array_word(geometry, array, w.STRIDED) == 0:
-        return open_dense(geometry, array, base, n, row0, rows, channel0, channels, start, length, piece, read)
+        return open_dense(geometry, call, array, place, scratch, read)
+    piece = piece_of(geometry, array, scratch)
     if read:
-        move_chunk(geometry, array, base, n, row0, rows, channel0, channels, start, length, piece, True)
-    return piece
+        move_chunk(geometry, call, array, place, piece, True)
+    return piece, place.channels * place.length * array_word(geometry, array, w.ITEMSIZE)
 
 
 @apart
-def row_bytes_of_any(geometry: int, array: int, channels: int, length: int) -> int:
-    """Distance between the rows of an open chunk."""
-    if array_word(geometry, array, w.STRIDED) == 0:
-        return array_word(geometry, array, w.SO)
-    return channels * length * array_word(geometry, array, w.ITEMSIZE)
-
-
-@apart
-def close_any(
-    geometry: int, array: int, base: int, n: int, row0: int, rows: int, channel0: int, channels: int,
-    start: int, length: int, piece: int,
-) -> None:  # fmt: skip
+def close_any(geometry: int, call: int, array: int, place: Any, scratch: int) -> None:
     """Write the results of a strided array's chunk back."""
     if array_word(geometry, array, w.STRIDED) != 0:
-        move_chunk(geometry, array, base, n, row0, rows, channel0, channels, start, length, piece, False)
+        move_chunk(geometry, call, array, place, piece_of(geometry, array, scratch), False)
 
 
-def chunk_memory(dense: bool) -> tuple[Any, Any, Any]:
-    """open_chunk, row_bytes and close_chunk for dense arrays, which are used in place, or for any.
+def chunk_memory(dense: bool) -> tuple[Any, Any]:
+    """open_chunk and close_chunk for dense arrays, which are used in place, or for any.
 
-    open_chunk(geometry, array, base, n, row0, rows, channel0, channels, start, length, piece, read) -> address
-    row_bytes(geometry, array, channels, length) -> distance between its rows
+    open_chunk(geometry, call, array, place, scratch, read) -> address, distance between rows
     close_chunk(the same without read) writes a strided chunk's results back
 
     Forward and backward of dense arrays know that they are: there is less to compile before a first call.
     """
-    return (open_dense, row_bytes_dense, close_dense) if dense else (open_any, row_bytes_of_any, close_any)
+    return (open_dense, close_dense) if dense else (open_any, close_any)

@@ -8,7 +8,7 @@ from typing import Any
 from . import words as w
 from .access import word
 from .apply import apply_kernels
-from .chunks import chunk_memory, chunk_of
+from .chunks import chunk_memory, place_of
 from .compile import inner
 from .groups import coefficient_kernel, group_of, record_lanes
 from .memory import load_f64, load_i64
@@ -24,24 +24,15 @@ def apply_chunk(x: str, y: str, compute: str, activation: str | None, by_rows: b
     run, rows_kernel = apply_kernels(x, y, compute, activation, x_size, y_size)
     expand = coefficient_kernel(compute)
     lanes_of = record_lanes(compute)
-    open_chunk, row_bytes, close_chunk = chunk_memory(dense)
+    open_chunk, close_chunk = chunk_memory(dense)
 
     @inner
     def chunk_apply(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
-        bundles = word(geometry, w.BUNDLES)
-        n = task // bundles
-        bundle0 = (task % bundles) * word(geometry, w.BUNDLE_CHANNELS)
-        row0, rows, channel0, channels, start, length, _ = chunk_of(geometry, chunk)
+        place = place_of(geometry, task, chunk)
+        rows, first, channel0, channels, length = place.rows, place.first, place.channel0, place.channels, place.length
         stream = word(geometry, w.STREAM) != 0
-        piece = scratch + word(geometry, w.PIECES_AT)
-        y_piece = piece + word(geometry, w.PIECE_BYTES)
-        y_base = load_i64(call, _OUT)
-        first = bundle0 + channel0
-        x_base = load_i64(call, _X)
-        px = open_chunk(geometry, _X, x_base, n, row0, rows, first, channels, start, length, piece, True)
-        py = open_chunk(geometry, _OUT, y_base, n, row0, rows, first, channels, start, length, y_piece, False)
-        x_step = row_bytes(geometry, _X, channels, length)
-        y_step = row_bytes(geometry, _OUT, channels, length)
+        px, x_step = open_chunk(geometry, call, _X, place, scratch, True)
+        py, y_step = open_chunk(geometry, call, _OUT, place, scratch, False)
         if by_rows:
             expand(geometry, call, task, task, channel0, channels, store, scratch, 5, True)
             coefficients = scratch + word(geometry, w.COEFFICIENTS_AT)
@@ -69,6 +60,6 @@ def apply_chunk(x: str, y: str, compute: str, activation: str | None, by_rows: b
                         load_f64(bias, first + c),
                         stream,
                     )  # fmt: skip
-        close_chunk(geometry, _OUT, y_base, n, row0, rows, first, channels, start, length, y_piece)
+        close_chunk(geometry, call, _OUT, place, scratch)
 
     return chunk_apply

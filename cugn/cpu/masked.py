@@ -68,15 +68,14 @@ def copy_mask(target: int, source: int, step: int, count: int) -> None:
 
 
 @inner
-def open_mask(
-    geometry: int, call: int, n: int, row0: int, rows: int, channel0: int, channels: int, start: int, length: int,
-    scratch: int,
-) -> int:  # fmt: skip
-    """Address of a chunk's booleans, rows of which are `mask_step` apart; channels count from the sample's first."""
+def open_mask(geometry: int, call: int, place: Any, scratch: int) -> Any:
+    """Address of a chunk's booleans, and the distance between their rows."""
+    channels, start, length = place.channels, place.start, place.length
     base = load_i64(call, w.MASK)
     if array_word(geometry, w.MASK, w.STRIDED) == 0:
-        row = base + n * array_word(geometry, w.MASK, w.SN) + row0 * array_word(geometry, w.MASK, w.SO)
-        return row + channel0 * word(geometry, w.INNER) + start
+        step = array_word(geometry, w.MASK, w.SO)
+        row = base + place.n * array_word(geometry, w.MASK, w.SN) + place.row0 * step
+        return row + place.first * word(geometry, w.INNER) + start, step
     axes = array_word(geometry, w.MASK, w.AXES)
     channel_stride = load_i64(axes, 0)
     batch_axes = load_i64(axes, 1)
@@ -84,11 +83,11 @@ def open_mask(
     inner_axes = load_i64(axes, 3)
     outer = axes + 32 + 16 * batch_axes
     inside = outer + 16 * outer_axes
-    origin = base + offset_of(axes + 32, batch_axes, n) + channel0 * channel_stride
+    origin = base + offset_of(axes + 32, batch_axes, place.n) + place.first * channel_stride
     piece = scratch + word(geometry, w.MASK_PIECE_AT)
     target = piece
-    for r in range(rows):
-        row = origin + offset_of(outer, outer_axes, row0 + r)
+    for r in range(place.rows):
+        row = origin + offset_of(outer, outer_axes, place.row0 + r)
         if inner_axes == 0:
             copy_mask(target, row, channel_stride, channels)
             target += channels
@@ -108,15 +107,7 @@ def open_mask(
                 copy_mask(target, row + c * channel_stride + offset_of(inside, inner_axes, index), last_stride, count)
                 target += count
                 index += count
-    return piece
-
-
-@inner
-def mask_step(geometry: int, channels: int, length: int) -> int:
-    """Bytes between the rows of an open mask."""
-    if array_word(geometry, w.MASK, w.STRIDED) == 0:
-        return array_word(geometry, w.MASK, w.SO)
-    return channels * length
+    return piece, channels * length
 
 
 @inner

@@ -9,12 +9,12 @@ from typing import Any
 from . import words as w
 from .access import word
 from .block_moments import block_kernels, merge, segment_partial
-from .chunks import chunk_memory, chunk_of
+from .chunks import chunk_memory, place_of
 from .compile import inner, within
 from .convert import loader, storer
 from .exact import merge_arrays
 from .labelled import merge_label, short_runs, sort_partials
-from .masked import SHORT, mask_step, masked_kernels, open_mask
+from .masked import SHORT, masked_kernels, open_mask
 from .memory import bits_float, float_bits, load_f64, load_i64, store_f64
 from .simd import LANES, narrow_scalar, reduce_max, splat, vector_abs, vector_max, widen, widen_scalar
 from .words import PARTIAL_BYTES
@@ -124,7 +124,7 @@ def statistics(
     _, load_part = loader(dtype, compute)
     size = itemsize(dtype)
     double = compute == "float64"
-    open_chunk, row_bytes, _ = chunk_memory(dense)
+    open_chunk, _ = chunk_memory(dense)
 
     @inner
     def keep(geometry: int, partial: int, target: int, layer: int, channel: int) -> None:
@@ -152,28 +152,20 @@ def statistics(
 
     @inner
     def chunk_moments(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
-        bundles = word(geometry, w.BUNDLES)
         width = word(geometry, w.BUNDLE_CHANNELS)
         segments = word(geometry, w.SEGMENTS)
-        row0, rows, channel0, channels, start, length, layer = chunk_of(geometry, chunk)
-        n = task // bundles
-        first_channel = (task % bundles) * width + channel0
-        base = load_i64(call, _X)
-        p = open_chunk(
-            geometry, _X, base, n, row0, rows, first_channel, channels, start, length,
-            scratch + word(geometry, w.PIECES_AT), True,
-        )  # fmt: skip
-        step = row_bytes(geometry, _X, channels, length)
+        place = place_of(geometry, task, chunk)
+        rows, channel0, channels, length = place.rows, place.channel0, place.channels, place.length
+        p, step = open_chunk(geometry, call, _X, place, scratch, True)
         pm, m_step = 0, 0
         if masked:
-            pm = open_mask(geometry, call, n, row0, rows, first_channel, channels, start, length, scratch)
-            m_step = mask_step(geometry, channels, length)
+            pm, m_step = open_mask(geometry, call, place, scratch)
         blocks = scratch + word(geometry, w.BLOCKS_AT)
         partials = store + word(geometry, w.PARTIALS_AT)
         if segments == 1:
             out = partials + chunk * PARTIAL_BYTES
         else:
-            out = partials + (layer * segments + channel0 // (width // segments)) * PARTIAL_BYTES
+            out = partials + (place.layer * segments + channel0 // (width // segments)) * PARTIAL_BYTES
         cols = channels * length
         of_segment = min(width // segments, channels) * length
         if by_rows:  # noqa: SIM102 - known when the kernel is compiled, which then has no columns in it
@@ -184,7 +176,7 @@ def statistics(
                 else:
                     columns(p, rows, step, cols, 1.0, blocks)
                 if labelled and of_segment == 1:
-                    keep_columns(geometry, blocks, each, float(rows), channels, partials, layer, channel0)
+                    keep_columns(geometry, blocks, each, float(rows), channels, partials, place.layer, channel0)
                     return
                 for first in range(0, cols, of_segment):
                     at = blocks + 8 * first
@@ -194,7 +186,7 @@ def statistics(
                     else:
                         segment_partial(at, at + each, at + 2 * each, of_segment, float(rows), target)
                     if labelled:
-                        keep(geometry, target, partials, layer, channel0 + first // of_segment)
+                        keep(geometry, target, partials, place.layer, channel0 + first // of_segment)
                     out += PARTIAL_BYTES
                 return
         if labelled:  # noqa: SIM102
@@ -204,7 +196,7 @@ def statistics(
                     masked_runs(p, pm, channels, length, blocks)
                 else:
                     runs(p, channels, length, blocks, blocks + 4 * each)
-                keep_columns(geometry, blocks, each, float(length), channels, partials, layer, channel0)
+                keep_columns(geometry, blocks, each, float(length), channels, partials, place.layer, channel0)
                 return
         for first in range(0, cols, of_segment):
             target = blocks if labelled else out
@@ -213,7 +205,7 @@ def statistics(
             else:
                 rect(p + first * size, rows, step, of_segment, 1.0, blocks, target)
             if labelled:
-                keep(geometry, blocks, partials, layer, channel0 + first // of_segment)
+                keep(geometry, blocks, partials, place.layer, channel0 + first // of_segment)
             out += PARTIAL_BYTES
 
     @inner
@@ -227,34 +219,26 @@ def statistics(
     @inner
     def revisit(geometry: int, call: int, task: int, segment: int, store: int, scratch: int, scale: float) -> float:
         # one segment again, chunk by chunk: its largest |x| if scale is 0, else its partials of x*scale
-        bundles = word(geometry, w.BUNDLES)
         width = word(geometry, w.BUNDLE_CHANNELS)
         segments = word(geometry, w.SEGMENTS)
         first = segment * (width // segments)
-        base = load_i64(call, _X)
-        n = task // bundles
         best = 0.0
         for chunk in range(word(geometry, w.CHUNKS)):
-            row0, rows, channel0, channels, start, length, layer = chunk_of(geometry, chunk)
+            place = place_of(geometry, task, chunk)
+            rows, channel0, channels, length = place.rows, place.channel0, place.channels, place.length
             if segments > 1 and not (channel0 <= first < channel0 + channels):
                 continue
-            first_channel = (task % bundles) * width + channel0
-            p = open_chunk(
-                geometry, _X, base, n, row0, rows, first_channel, channels, start, length,
-                scratch + word(geometry, w.PIECES_AT), True,
-            )  # fmt: skip
-            step = row_bytes(geometry, _X, channels, length)
+            p, step = open_chunk(geometry, call, _X, place, scratch, True)
             pm, m_step = 0, 0
             if masked:
-                pm = open_mask(geometry, call, n, row0, rows, first_channel, channels, start, length, scratch)
-                m_step = mask_step(geometry, channels, length)
+                pm, m_step = open_mask(geometry, call, place, scratch)
             cols = channels * length
             which = chunk
             if segments > 1:
                 p += (first - channel0) * length * size
                 pm += (first - channel0) * length
                 cols = width // segments * length
-                which = layer * segments + segment
+                which = place.layer * segments + segment
             if scale == 0.0:
                 if masked:
                     best = max(best, masked_largest(p, rows, step, pm, m_step, cols))
@@ -269,7 +253,7 @@ def statistics(
                 else:
                     rect(p, rows, step, cols, scale, blocks, out)
                 if labelled:
-                    keep(geometry, blocks, partials, layer, segment)
+                    keep(geometry, blocks, partials, place.layer, segment)
         return best
 
     @inner

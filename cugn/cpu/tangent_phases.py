@@ -20,13 +20,13 @@ from typing import Any
 
 from . import words as w
 from .access import word
-from .chunks import chunk_memory, chunk_of
+from .chunks import chunk_memory, place_of
 from .compile import inner
 from .gradients import task_gradients
 from .groups import coefficient_kernel, group_of, record_lanes, tangent_at
 from .labelled import group_sums
-from .masked import mask_step, open_mask
-from .memory import load_f64, load_i64, store_f64
+from .masked import open_mask
+from .memory import load_f64, store_f64
 from .phases import GATES
 from .simd import LANES
 from .statistics import itemsize
@@ -60,36 +60,22 @@ def totals_of(second: bool, bent: bool) -> int:
 
 @cache
 def arrays_read(masked: bool, second: bool) -> Any:
-    """open_all(geometry, call, n, row0, rows, first, channels, start, length, scratch): a chunk of x, u, v and mask.
+    """open_all(geometry, call, place, scratch): a chunk of x, u, v and mask.
 
     Address and distance between rows of each; v is u where there is none, the mask 0.
     """
-    open_chunk, row_bytes, _ = chunk_memory(dense=False)
+    open_chunk, _ = chunk_memory(dense=False)
 
     @inner
-    def open_all(
-        geometry: int, call: int, n: int, row0: int, rows: int, first: int, channels: int, start: int, length: int,
-        scratch: int,
-    ) -> Any:  # fmt: skip
-        piece = scratch + word(geometry, w.PIECES_AT)
-        piece_bytes = word(geometry, w.PIECE_BYTES)
-        px = open_chunk(geometry, _X, load_i64(call, _X), n, row0, rows, first, channels, start, length, piece, True)
-        x_step = row_bytes(geometry, _X, channels, length)
-        piece += piece_bytes
-        pv = pu = open_chunk(
-            geometry, _U, load_i64(call, _U), n, row0, rows, first, channels, start, length, piece, True
-        )
-        v_step = u_step = row_bytes(geometry, _U, channels, length)
+    def open_all(geometry: int, call: int, place: Any, scratch: int) -> Any:
+        px, x_step = open_chunk(geometry, call, _X, place, scratch, True)
+        pu, u_step = open_chunk(geometry, call, _U, place, scratch, True)
+        pv, v_step = pu, u_step
         if second:
-            piece += piece_bytes
-            pv = open_chunk(
-                geometry, _V, load_i64(call, _V), n, row0, rows, first, channels, start, length, piece, True
-            )
-            v_step = row_bytes(geometry, _V, channels, length)
+            pv, v_step = open_chunk(geometry, call, _V, place, scratch, True)
         pm, m_step = 0, 0
         if masked:
-            pm = open_mask(geometry, call, n, row0, rows, first, channels, start, length, scratch)
-            m_step = mask_step(geometry, channels, length)
+            pm, m_step = open_mask(geometry, call, place, scratch)
         return px, x_step, pu, u_step, pv, v_step, pm, m_step
 
     return open_all
@@ -110,15 +96,11 @@ def sums_chunk(x: str, y: str, compute: str, activation: str | None, by_rows: bo
 
     @inner
     def chunk_sums(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
-        bundles = word(geometry, w.BUNDLES)
-        n = task // bundles
-        row0, rows, channel0, channels, start, length, layer = chunk_of(geometry, chunk)
-        first = (task % bundles) * word(geometry, w.BUNDLE_CHANNELS) + channel0
-        px, x_step, pu, u_step, pv, v_step, pm, m_step = open_all(
-            geometry, call, n, row0, rows, first, channels, start, length, scratch
-        )
+        place = place_of(geometry, task, chunk)
+        rows, first, channel0, channels, length = place.rows, place.first, place.channel0, place.channels, place.length
+        px, x_step, pu, u_step, pv, v_step, pm, m_step = open_all(geometry, call, place, scratch)
         padded = 8 * word(geometry, w.PADDED_WIDTH)
-        out = store + word(geometry, w.SUMS_AT) + layer * totals_count * padded + 8 * channel0
+        out = store + word(geometry, w.SUMS_AT) + place.layer * totals_count * padded + 8 * channel0
         own = scratch + word(geometry, w.BLOCKS_AT)
         if by_rows:
             cols = channels * length
@@ -233,7 +215,7 @@ def apply_chunk(x: str, y: str, compute: str, activation: str | None, by_rows: b
     """Kernel: the results of a chunk."""
     splats, run, rows_kernel = apply_kernels(x, y, compute, activation, second, masked)
     expand = coefficient_kernel(compute, tangents=True)
-    open_chunk, row_bytes, close_chunk = chunk_memory(dense=False)
+    open_chunk, close_chunk = chunk_memory(dense=False)
     x_size, y_size = itemsize(x), itemsize(y)
     arrays = coefficients_of(second)
     open_all = arrays_read(masked and second, second)
@@ -242,24 +224,14 @@ def apply_chunk(x: str, y: str, compute: str, activation: str | None, by_rows: b
 
     @inner
     def chunk_apply(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
-        bundles = word(geometry, w.BUNDLES)
-        n = task // bundles
-        row0, rows, channel0, channels, start, length, _ = chunk_of(geometry, chunk)
-        first = (task % bundles) * word(geometry, w.BUNDLE_CHANNELS) + channel0
+        place = place_of(geometry, task, chunk)
+        rows, first, channel0, channels, length = place.rows, place.first, place.channel0, place.channels, place.length
         stream = word(geometry, w.STREAM) != 0
-        piece = scratch + word(geometry, w.PIECES_AT)
-        piece_bytes = word(geometry, w.PIECE_BYTES)
-        y_base = load_i64(call, first_out)
-        g_base = load_i64(call, other_out)
-        y_piece = piece + first_out * piece_bytes
-        g_piece = piece + other_out * piece_bytes
-        px, x_step, pu, u_step, pv, v_step, pm, m_step = open_all(
-            geometry, call, n, row0, rows, first, channels, start, length, scratch
-        )
-        py = open_chunk(geometry, first_out, y_base, n, row0, rows, first, channels, start, length, y_piece, False)
-        pg = open_chunk(geometry, other_out, g_base, n, row0, rows, first, channels, start, length, g_piece, False)
-        y_step = row_bytes(geometry, first_out, channels, length)
-        g_step = row_bytes(geometry, other_out, channels, length)
+        px, x_step, pu, u_step, pv, v_step, pm, m_step = open_all(geometry, call, place, scratch)
+        py, y_step = open_chunk(geometry, call, first_out, place, scratch, False)
+        pg, g_step = py, y_step
+        if second:
+            pg, g_step = open_chunk(geometry, call, other_out, place, scratch, False)
         if by_rows:
             expand(geometry, call, 2 * task + 1, task, channel0, channels, store, scratch, arrays, False)
             coefficients = scratch + word(geometry, w.COEFFICIENTS_AT)
@@ -287,8 +259,8 @@ def apply_chunk(x: str, y: str, compute: str, activation: str | None, by_rows: b
                         pm + r * m_step + c * length, py + r * y_step + at, pg + r * g_step + at, length,
                         coefficients_here, stream,
                     )  # fmt: skip
-        close_chunk(geometry, first_out, y_base, n, row0, rows, first, channels, start, length, y_piece)
+        close_chunk(geometry, call, first_out, place, scratch)
         if second:
-            close_chunk(geometry, other_out, g_base, n, row0, rows, first, channels, start, length, g_piece)
+            close_chunk(geometry, call, other_out, place, scratch)
 
     return chunk_apply
