@@ -33,6 +33,8 @@ ITEMSIZE = {
 LANES = 16
 TABLE_CHANNELS = 1 << 14
 """Channels up to which a sample of a table is done at once."""
+LANES_TO = 32
+"""Channels of a table's group up to which sixteen samples are done at a time."""
 PART_BYTES = 256 << 10
 """Bytes of the samples whose dweight and dbias are added up by one thread."""
 OWN_CACHE = 1 << 20
@@ -60,6 +62,7 @@ class Geometry:
     by_rows: bool
     dense: bool
     table: bool
+    lanes: bool
     axes: tuple[np.ndarray[Any, np.dtype[np.int64]], ...]
     """Memory that the words point to."""
 
@@ -79,6 +82,7 @@ def of(
     writes: int = 1,
     vectors: int = 2,
     coefficients: int = 8,
+    in_lanes: bool = False,
 ) -> Geometry:
     """Geometry of a call.
 
@@ -102,6 +106,8 @@ def of(
         Vectors over the channels that a participant holds as float64: weight, bias and their tangents.
     coefficients : int
         Coefficients that are expanded element by element.
+    in_lanes : bool
+        Whether the operation has a kernel for sixteen samples of a table at a time.
     """
     layout = Layout.of(
         plan.shape,
@@ -129,11 +135,17 @@ def of(
     width = C // bundles
     segments = C if labelled else together
     # one row a sample, and few enough elements that the whole sample is in L1 or nearly
-    table = outer == inner == 1 and dense and not labelled and where is None and C <= TABLE_CHANNELS
+    table = outer == inner == 1 and dense and C <= TABLE_CHANNELS
+    lanes = table and in_lanes and (labelled or where is not None or D <= LANES_TO)
+    table = table and not lanes and not labelled and where is None
+    if lanes:  # a task is a block of samples
+        N, samples = -(-N // LANES), LANES
+    else:
+        samples = 1
     by_columns = by_rows and (outer >= 8 or labelled) and (width // segments) * inner < 1024
 
     # chunks: about 1/32 of a task, 8192 to 65536 elements
-    elements = outer * width * inner
+    elements = outer * width * inner * samples
     most = 65536 if dense else 16384
     # rows: coefficients and sums of each column are made once for a chunk, so it is as large as it may be
     target = most // 2 if by_rows else min(max(1 << max(elements // 32, 1).bit_length(), 8192), most)
@@ -156,8 +168,8 @@ def of(
             if by_rows and rows < outer:
                 # chunks of one size, and a multiple of four of them: no thread waits for another's last one
                 rows = -(-outer // (-(-outer // rows) + 3 & ~3))
-    if table:
-        channels = width
+    if table or lanes:
+        rows, channels, part = 1, width, 1
     row_chunks, channel_chunks, parts = -(-outer // rows), -(-width // channels), -(-inner // part)
     chunks = row_chunks * channel_chunks * parts
     layers = row_chunks * parts
@@ -172,11 +184,11 @@ def of(
     read_bytes = elements * sum(a.itemsize for a in arrays[: len(arrays) - writes])
     part_samples = max(-(-N // 64), 1)
     if gradients:
-        limit = max(N * plan.S * itemsize // 100, (8 << 20) // max(C, 1)) // (16 * gradients)
+        limit = max(layout.N * plan.S * itemsize // 100, (8 << 20) // max(C, 1)) // (16 * gradients)
         part_samples = max(part_samples, -(-N // max(limit, 1)))
         # parts cost memory and merging: each for a good piece of work, where there is one
         part_samples = max(part_samples, min(-(-PART_BYTES // (task_bytes * bundles)), -(-N // 8)))
-    split = not table and (read_bytes > OWN_CACHE or (threads > 1 and tasks < 8 * threads))
+    split = not (table or lanes) and (read_bytes > OWN_CACHE or (threads > 1 and tasks < 8 * threads))
     ticket_samples, ticket_bundles = 1, bundles
     if gradients:
         ticket_samples = part_samples
@@ -214,6 +226,13 @@ def of(
         room = max(room, 8 * max(6, 2 + 2 * sums) * columns)
     if labelled:  # fields of a chunk's channels; partials of all channels, merged, then sorted by group
         room = max(room, 8 * 4 * _padded(channels) + 2 * FOLDED_SUM, 64 + 2 * w.PARTIAL_BYTES * _padded(C))
+    turned_bytes = 64 * _padded(C)
+    statistics_at = turned_at = turned_mask_at = 0
+    if lanes:  # a tile of 16 x 16 float32 and addresses before them
+        statistics_at = _line(blocks_at + LANES * 72)
+        turned_at = statistics_at + 2 * 8 * LANES * G
+        turned_mask_at = turned_at + turned_bytes * (2 + 2 if sums else 1)
+        room = turned_mask_at + (0 if where is None else 2 * LANES * _padded(C)) - blocks_at
     coefficients_at = _line(blocks_at + room)
     coefficient_bytes = _line((columns + LANES) * ITEMSIZE[compute])
     pieces_at = coefficients_at + (coefficients * coefficient_bytes if by_rows else 0)
@@ -260,6 +279,8 @@ def of(
         w.ORDER: _address(plan.channel_order), w.BOUNDS: _address(plan.group_bounds),
         w.CLEARED: 0 if slots == 1 and not split and not gradients else gradients_at + gradient_parts * gradient_bytes,
         w.MASK_PIECE_AT: mask_piece_at, w.OWN_RECORDS_AT: own_records_at, w.PADDED_WIDTH: _padded(width),
+        w.SAMPLES: layout.N, w.LANE_STATISTICS_AT: statistics_at,
+        w.TURNED_AT: turned_at, w.TURNED_BYTES: turned_bytes, w.TURNED_MASK_AT: turned_mask_at,
         w.PHASES: phases, w.PART_SAMPLES: part_samples, w.GRADIENT_PARTS: gradient_parts,
     }  # fmt: skip
     for name, value in values.items():
@@ -283,6 +304,7 @@ def of(
         by_rows,
         dense,
         table,
+        lanes,
         axes,
     )
 

@@ -31,6 +31,8 @@ class Kind(NamedTuple):
     masked: bool
     table: bool = False
     """One row a sample, done group by group."""
+    lanes: bool = False
+    """Sixteen of them at a time."""
 
 
 class Kernel(NamedTuple):
@@ -84,8 +86,15 @@ def _gradient(kind: Kind) -> tuple[Kernel, Kernel]:
     return Kernel("backward_phases", "sums_chunk", options), Kernel("backward_phases", "dx_chunk", options)
 
 
+def _block(factory: str, kind: Kind) -> Kernel:
+    """All phases at once."""
+    return Kernel("lanes", factory, (kind.x, kind.y, kind.compute, kind.activation, kind.labelled, kind.masked))
+
+
 def forward(kind: Kind) -> list[Phase]:
     """x is read twice and y written once; a group that fits in cache is read from memory once."""
+    if kind.lanes:
+        return [Phase(_block("forward_block", kind))]
     return [_moments(kind), _apply(kind)]
 
 
@@ -101,6 +110,8 @@ def normalize(kind: Kind) -> list[Phase]:
 
 def backward(kind: Kind, given: bool) -> list[Phase]:
     """Moments if they were not given, sums of dz and dz*x_hat, dx: dy and x are read twice and dx written once."""
+    if kind.lanes:
+        return [Phase(_block("backward_block", kind))]
     if kind.table:
         gradient = [Phase(Kernel("table", "backward_sample", (kind.x, kind.y, kind.compute, kind.activation)))]
     else:

@@ -27,7 +27,7 @@ LANES = 16
 
 
 class Vector(types.Type):
-    """16 lanes of float32, float64, int32 or bool."""
+    """16 lanes of float32, float64, int32, int64 or bool."""
 
     def __init__(self, lane: types.Type) -> None:
         self.lane = lane
@@ -37,6 +37,7 @@ class Vector(types.Type):
 F32 = Vector(types.float32)
 F64 = Vector(types.float64)
 I32 = Vector(types.int32)
+UNITS = Vector(types.int64)
 MASK = Vector(types.boolean)
 
 _LLVM = {
@@ -81,10 +82,10 @@ def _binary(op: Any, float_method: str, int_method: str | None = None) -> None:
                 return signature(args[0], *args)
             return None
 
-    for vec in (F32, F64) if int_method is None else (F32, F64, I32):
+    for vec in (F32, F64) if int_method is None else (F32, F64, I32, UNITS):
 
         def lower(context: Any, builder: Any, sig: Any, args: Any, vec: Vector = vec) -> Any:
-            method = int_method if vec is I32 and int_method is not None else float_method
+            method = int_method if vec in (I32, UNITS) and int_method is not None else float_method
             return getattr(builder, method)(*args)
 
         lower_builtin(op, vec, vec)(lower)
@@ -174,6 +175,12 @@ def widen(typingctx: Any, value: Any) -> Any:
         return args[0] if sig.args[0] == F64 else builder.fpext(args[0], vector_of(ir.DoubleType()))
 
     return F64(value), codegen
+
+
+@intrinsic
+def narrow(typingctx: Any, value: Any) -> Any:
+    """float64 lanes rounded to float32."""
+    return F32(F64), lambda c, builder, sig, args: builder.fptrunc(args[0], vector_of(ir.FloatType()))
 
 
 @intrinsic
@@ -307,6 +314,72 @@ def vector_abs(typingctx: Any, value: Any) -> Any:
         return call_intrinsic(builder, f"llvm.fabs.{suffix(args[0].type.element)}", args[0].type, args)
 
     return value(value), codegen
+
+
+@intrinsic
+def vector_sqrt(typingctx: Any, value: Any) -> Any:
+    """Square root lane by lane, correctly rounded."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return call_intrinsic(builder, f"llvm.sqrt.{suffix(args[0].type.element)}", args[0].type, args)
+
+    return value(value), codegen
+
+
+@intrinsic
+def in_units(typingctx: Any, value: Any, large: Any) -> Any:
+    """Lanes rounded to the last digit of `large`, as that many units of it: integers, whose sum has no order.
+
+    `large` is 1.5 * 2^k and |value| at most 2^(k-1), so that value + large has large's exponent. What `large` itself is
+    comes with each of them (`from_units`).
+    """
+    lane = vector_of(I64)
+    return UNITS(F64, F64), lambda c, builder, sig, args: builder.bitcast(builder.fadd(*args), lane)
+
+
+@intrinsic
+def square_in_units(typingctx: Any, value: Any, large: Any) -> Any:
+    """The same of the square of lanes."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        value, large = args
+        square = call_intrinsic(builder, f"llvm.fma.{suffix(ir.DoubleType())}", value.type, [value, value, large])
+        return builder.bitcast(square, vector_of(I64))
+
+    return UNITS(F64, F64), codegen
+
+
+@intrinsic
+def no_units(typingctx: Any) -> Any:
+    """int64 lanes of 0."""
+    return UNITS(), lambda context, builder, sig, args: constant(I64, 0)
+
+
+@intrinsic
+def from_units(typingctx: Any, total: Any, count: Any, large: Any) -> Any:
+    """The sum of `count` values that `in_units` gave; NaN if `large` is not finite."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        total, count, large = args
+        bits = builder.bitcast(large, vector_of(I64))
+        units = builder.sub(total, builder.mul(bits, splat_value(builder, count)))
+        exponent = builder.bitcast(builder.and_(bits, constant(I64, 0x7FF << 52)), large.type)
+        unit = builder.fmul(exponent, constant(ir.DoubleType(), 2.0**-52))
+        spoiled = builder.fsub(large, large)
+        return builder.fadd(builder.fmul(builder.sitofp(units, large.type), unit), spoiled)
+
+    return F64(UNITS, types.int64, F64), codegen
+
+
+@intrinsic
+def power_below(typingctx: Any, value: Any) -> Any:
+    """2^floor(log2 |value|) of float64 lanes: their exponents alone; 0 for 0 and subnormal numbers, infinity for NaN."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        bits = builder.bitcast(args[0], vector_of(I64))
+        return builder.bitcast(builder.and_(bits, constant(I64, 0x7FF << 52)), args[0].type)
+
+    return F64(F64), codegen
 
 
 @intrinsic

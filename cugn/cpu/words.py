@@ -43,7 +43,12 @@ GROUP_CHANNELS = 53
 ARRAYS, ARRAY_WORDS = 58, 8
 MASK = 7
 # how many phases there are, and of each the addresses of what runs on a chunk and of what finishes a task, or 0
-PHASES = ARRAYS + (MASK + 1) * ARRAY_WORDS
+# sixteen samples at a time: how many there are; of a participant, room for their means and rstds, the channels of each
+# array, their booleans
+SAMPLES, LANE_STATISTICS_AT, TURNED_AT, TURNED_BYTES, TURNED_MASK_AT = range(
+    ARRAYS + (MASK + 1) * ARRAY_WORDS, ARRAYS + (MASK + 1) * ARRAY_WORDS + 5
+)
+PHASES = TURNED_MASK_AT + 1
 MOST_PHASES = 3
 RUN = PHASES + 1
 FINISH = RUN + MOST_PHASES
