@@ -181,15 +181,10 @@ def _kind_of_work(plan: Plan, shape: geometry.Geometry, compute: str) -> Kind:
     return Kind(*kinds)
 
 
-def _in_lanes(plan: Plan) -> bool:
-    """Whether the elements of a table are float32 or shorter, whose sums in float64 need no second thought."""
-    return "float64" not in (plan.x_dtype, plan.y_dtype)
-
-
 def _prepare_forward(plan: Plan, x: Array, weight: Array, bias: Array, where: Array, out: Array) -> _Ready:
     compute = "float64" if plan.y_dtype == "float64" else "float32"
     shape = geometry.of(
-        plan, [x, out], threads.setting(), compute=compute, where=where, phases=2, in_lanes=_in_lanes(plan),
+        plan, [x, out], threads.setting(), compute=compute, where=where, phases=2, in_lanes=True,
         weight_kind=_kind(weight, plan.y_dtype), bias_kind=_kind(bias, plan.y_dtype),
     )  # fmt: skip
     kind = _kind_of_work(plan, shape, compute)._replace(table=shape.table, lanes=shape.lanes)
@@ -221,7 +216,7 @@ def _prepare_backward(
     compute = "float64" if wide else "float32"
     shape = geometry.of(
         plan, [x, dy, out], threads.setting(), compute=compute, where=where, phases=2 if given else 3,
-        sums=geometry.SUMS + plan.masked, gradients=2, in_lanes=_in_lanes(plan),
+        sums=geometry.SUMS + plan.masked, gradients=2, in_lanes=True,
         weight_kind=_kind(weight, plan.y_dtype), bias_kind=_kind(bias, plan.y_dtype),
     )  # fmt: skip
     kind = _kind_of_work(plan, shape, compute)._replace(table=shape.table, lanes=shape.lanes)

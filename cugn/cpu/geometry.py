@@ -24,7 +24,7 @@ import numpy as np
 from ..layout import Layout
 from ..plan import Plan
 from . import words as w
-from .words import FOLDED_SUM, SUMS
+from .words import FOLDED, FOLDED_SUM, SUMS
 
 ITEMSIZE = {
     "bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2,
@@ -226,12 +226,13 @@ def of(
         room = max(room, 8 * max(6, 2 + 2 * sums) * columns)
     if labelled:  # fields of a chunk's channels; partials of all channels, merged, then sorted by group
         room = max(room, 8 * 4 * _padded(channels) + 2 * FOLDED_SUM, 64 + 2 * w.PARTIAL_BYTES * _padded(C))
-    turned_bytes = 64 * _padded(C)
+    real = 8 if "float64" in (plan.x_dtype, plan.y_dtype) else 4
+    turned_bytes = LANES * real * _padded(C)
     statistics_at = turned_at = turned_mask_at = 0
-    if lanes:  # a tile of 16 x 16 float32 and addresses before them
-        statistics_at = _line(blocks_at + LANES * 72)
+    if lanes:  # before them a tile of 16 x 16 and addresses
+        statistics_at = _line(blocks_at + LANES * (LANES * real + 8))
         turned_at = statistics_at + 2 * 8 * LANES * G
-        turned_mask_at = turned_at + turned_bytes * (2 + 2 if sums else 1)
+        turned_mask_at = turned_at + (2 * turned_bytes + 2 * FOLDED * _padded(C) if sums else turned_bytes)
         room = turned_mask_at + (0 if where is None else 2 * LANES * _padded(C)) - blocks_at
     coefficients_at = _line(blocks_at + room)
     coefficient_bytes = _line((columns + LANES) * ITEMSIZE[compute])

@@ -4,8 +4,12 @@ A group of eight values side by side fills half a vector, and its sums then go a
 anywhere. With a sample in each lane both are nothing: sums stay in their lanes, and a channel is one address. What it
 costs is the way there and back (`transpose.py`), half a cycle an element.
 
-A sample's bits are those of its own lane, whatever the other lanes hold. Sums are float64 lanes. Those over the
-channels of a label group are of terms rounded to what can be added exactly, so that the channels' order is nothing.
+A sample's bits are those of its own lane, whatever the other lanes hold. Arithmetic is that of float64. Sums over the
+channels of a label group are of terms in units of one number, which are integers, so that the channels' order is nothing.
+
+`real` is the dtype of the channels in lanes: float32, or float64 where x or y is that. Then there is more to be done:
+x_hat = (x*scale - mean - rest) * root, with a power of two that keeps squares in range, a mean of two float64,
+and sums whose roundings are added as well.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from typing import Any
 from . import words as w
 from .access import array_word, word
 from .activate import activation_kernels
+from .block_moments import add_to
 from .chunks import Place, sample_at
 from .compile import inner
 from .convert import loader, mask_loader, storer, to_compute
@@ -25,6 +30,7 @@ from .masked import copy_mask, open_mask
 from .memory import bits_float, load_f64, load_i64, store_f64, store_i64
 from .simd import (
     LANES,
+    both,
     fill_bytes,
     first_lanes,
     fma,
@@ -35,6 +41,7 @@ from .simd import (
     narrow,
     no_units,
     power_below,
+    rounding,
     select,
     splat,
     square_in_units,
@@ -43,20 +50,20 @@ from .simd import (
     vector_sqrt,
     widen,
 )
-from .statistics import itemsize
-from .transpose import transpose_bytes, transpose_floats
+from .statistics import exponent, itemsize, power_of_two
+from .transpose import transpose_bytes, transpose_doubles, transpose_floats
 from .words import FOLDED
 
 _X, _OUT = 0, 1  # positions among the arrays of the forward's geometry
 _DY, _DX = 1, 2  # and of the backward's
-_LINE = 64  # a channel: sixteen float32
-_load32, _ = loader("float32", "float32")
-_store32, _, _ = storer("float32", "float32")
-_store32_wide, _, _ = storer("float32", "float64")
 _load64, _load64_part = loader("float64", "float64")
 _store64, _store64_part, _ = storer("float64", "float64")
-_lanes32 = to_compute("float32")
 _load_mask, _ = mask_loader()
+
+
+def real_of(x: str, y: str) -> str:
+    """dtype of the channels in lanes."""
+    return "float64" if "float64" in (x, y) else "float32"
 
 
 @inner
@@ -64,66 +71,68 @@ def place_rows(geometry: int, array: int, base: int, n0: int, count: int, rows: 
     """Addresses of a block's samples; the distance between them if there are sixteen of one distance, else 0."""
     for r in range(count):
         store_i64(rows, r, sample_at(geometry, array, base, n0 + r))
-    if count < LANES or array_word(geometry, array, w.APART) != 0:
-        return 0
-    return array_word(geometry, array, w.SN)
+    return array_word(geometry, array, w.SN) if count == LANES else 0
 
 
 @cache
-def reader(dtype: str) -> Any:
+def reader(dtype: str, real: str) -> Any:
     """read(geometry, call, array, n0, count, target, scratch): a block's samples into lanes, zeros beyond them."""
-    load, load_part = loader(dtype, "float32")
-    size, single = itemsize(dtype), dtype == "float32"
+    load, load_part = loader(dtype, real)
+    store = storer(real, real)[0]
+    transpose = transpose_doubles if real == "float64" else transpose_floats
+    size, line, same = itemsize(dtype), LANES * itemsize(real), dtype == real
 
     @inner
     def read(geometry: int, call: int, array: int, n0: int, count: int, target: int, scratch: int) -> None:
         tile = scratch + word(geometry, w.BLOCKS_AT)
-        rows = tile + LANES * _LINE
+        rows = tile + LANES * line
         step = place_rows(geometry, array, load_i64(call, array), n0, count, rows)
         channels = word(geometry, w.C)
-        for k in range(8 * count, 8 * LANES):
+        for k in range(line // 8 * count, line // 8 * LANES):
             store_i64(tile, k, 0)
         for c in range(0, channels, LANES):
             left = channels - c
-            if single:  # noqa: SIM102 - known when the kernel is compiled
+            if same:  # noqa: SIM102 - known when the kernel is compiled
                 if step != 0 and left >= LANES:
-                    transpose_floats(load_i64(rows, 0) + c * size, step, target + c * _LINE, _LINE)
+                    transpose(load_i64(rows, 0) + c * size, step, target + c * line, line)
                     continue
             for r in range(count):
                 p = load_i64(rows, r) + c * size
                 if left >= LANES:
-                    _store32(tile + r * _LINE, load(p))
+                    store(tile + r * line, load(p))
                 else:
-                    _store32(tile + r * _LINE, load_part(p, left))
-            transpose_floats(tile, _LINE, target + c * _LINE, _LINE)
+                    store(tile + r * line, load_part(p, left))
+            transpose(tile, line, target + c * line, line)
 
     return read
 
 
 @cache
-def writer(dtype: str) -> Any:
+def writer(dtype: str, real: str) -> Any:
     """write(geometry, call, array, n0, count, source, scratch): a block's samples out of the lanes."""
-    store, store_part, store_stream = storer(dtype, "float32")
-    size, single = itemsize(dtype), dtype == "float32"
+    load = loader(real, real)[0]
+    store, store_part, store_stream = storer(dtype, real)
+    transpose = transpose_doubles if real == "float64" else transpose_floats
+    size, line, same = itemsize(dtype), LANES * itemsize(real), dtype == real
     alignment = min(64, LANES * size)
 
     @inner
     def write(geometry: int, call: int, array: int, n0: int, count: int, source: int, scratch: int) -> None:
         tile = scratch + word(geometry, w.BLOCKS_AT)
-        rows = tile + LANES * _LINE
+        rows = tile + LANES * line
         step = place_rows(geometry, array, load_i64(call, array), n0, count, rows)
         channels = word(geometry, w.C)
         stream = word(geometry, w.STREAM) != 0
         for c in range(0, channels, LANES):
             left = channels - c
-            if single:  # noqa: SIM102 - known when the kernel is compiled
+            if same:  # noqa: SIM102 - known when the kernel is compiled
                 if step != 0 and left >= LANES and not stream:
-                    transpose_floats(source + c * _LINE, _LINE, load_i64(rows, 0) + c * size, step)
+                    transpose(source + c * line, line, load_i64(rows, 0) + c * size, step)
                     continue
-            transpose_floats(source + c * _LINE, _LINE, tile, _LINE)
+            transpose(source + c * line, line, tile, line)
             for r in range(count):
                 p = load_i64(rows, r) + c * size
-                value = _load32(tile + r * _LINE)
+                value = load(tile + r * line)
                 if left < LANES:
                     store_part(p, value, left)
                 elif stream and p & (alignment - 1) == 0:
@@ -170,94 +179,194 @@ def move_statistics(geometry: int, call: int, n0: int, count: int, means: int, r
                 store_f64(rstd, g, load_f64(rstds, g * LANES + r))
 
 
-@cache
-def group_moments(labelled: bool, masked: bool) -> Any:
-    """moments(geometry, group, turned, mask) -> mean, m2 and the number of values, in lanes.
+@inner
+def rest_in_units(value: Any, large: Any) -> Any:
+    """What `in_units` rounds away, in units of its own: those of large * 2^-52."""
+    return in_units(value - ((value + large) - large), large * splat(2.0**-52))
 
-    Sums of x - reference and of its square: one of the values, so that float64 has digits enough for what cancels
-    (up to 2^-52 times the number of values, of m2).
+
+@inner
+def rest_from_units(total: Any, count: int, large: Any) -> Any:
+    """The sum of `count` such rests."""
+    return from_units(total, count, large * splat(2.0**-52))
+
+
+@inner
+def scale_of(largest: Any, eps: float) -> Any:
+    """A power of two that keeps the squares of numbers up to `largest` in range, and eps * scale^2; mostly 1."""
+    most = 600
+    if eps > 0.0:  # beyond that the variance is nothing beside eps
+        most = min(most, (1000 - exponent(eps)) // 2)
+    one = splat(1.0)
+    scale = select(less(largest, splat(2.0**-400)), splat(power_of_two(most)), one)
+    return select(both(less(splat(2.0**400), largest), less(largest, splat(math.inf))), splat(2.0**-520), scale)
+
+
+@cache
+def group_moments(real: str, labelled: bool, masked: bool) -> Any:
+    """moments(geometry, group, turned, mask, eps) -> mean, its rest, m2, number of values and scale, in lanes.
+
+    The first three are of x*scale. Sums are of x - reference and of its square: one of the values, so that float64
+    has digits enough for what cancels (up to 2^-52 times the number of values, of m2). For results in float64 it is the
+    mean that a first pass found.
     """
     channels_of, channel_at, _ = group_sums(labelled)
+    load, line = loader(real, real)[0], LANES * itemsize(real)
+    lanes = to_compute(real)
+    exact = real == "float64"
 
     @inner
-    def moments(geometry: int, group: int, turned: int, mask: int) -> Any:
+    def moments(geometry: int, group: int, turned: int, mask: int, eps: float) -> Any:
         first, size = channels_of(geometry, group)
         zero = splat(0.0)
-        count = zero
+        one = splat(1.0)
+        count = zero if masked else splat(float(size))
         span = zero
-        if labelled or masked:
+        scale = one
+        if exact or labelled or masked:
             # the largest, which does not depend on the order, and is one that is kept
-            top = _lanes32(-math.inf)
-            bottom = _lanes32(math.inf)
-            spoiled = _lanes32(0.0)  # NaN by a NaN or an infinity
+            top = lanes(-math.inf)
+            bottom = lanes(math.inf)
+            spoiled = lanes(0.0)  # NaN by a NaN or an infinity
             for k in range(first, first + size):
                 c = channel_at(geometry, k)
-                low = x = _load32(turned + c * _LINE)
+                low = x = load(turned + c * line)
                 zeroed = x
                 if masked:
                     keep = _load_mask(mask + c * LANES)
-                    low = select(keep, x, _lanes32(math.inf))
-                    zeroed = select(keep, x, _lanes32(0.0))
-                    x = select(keep, x, _lanes32(-math.inf))
+                    low = select(keep, x, lanes(math.inf))
+                    zeroed = select(keep, x, lanes(0.0))
+                    x = select(keep, x, lanes(-math.inf))
+                    count += select(keep, one, zero)
                 top = select(less(top, x), x, top)
-                if labelled:
+                if exact or labelled:
                     bottom = select(less(low, bottom), low, bottom)
-                    spoiled = fma(zeroed, _lanes32(0.0), spoiled)
+                    spoiled = fma(zeroed, lanes(0.0), spoiled)
             reference = widen(top)
-            if labelled:
-                span = power_below(reference - widen(bottom) + widen(spoiled))
+            if exact:
+                largest = select(less(zero - bottom, top), top, zero - bottom)
+                scale = scale_of(largest, eps)
+                reference = reference * scale
+            if exact or labelled:
+                span = power_below(reference - widen(bottom) * scale + widen(spoiled))
         else:
-            reference = widen(_load32(turned + channel_at(geometry, first) * _LINE))
-        if not masked:
-            count = splat(float(size))
-        total = zero
-        square = zero
-        # |x - reference| is below twice the power of two
+            reference = widen(load(turned + channel_at(geometry, first) * line))
+        # |x - reference| is below twice the power of two, and so is |x - mean|
         large = span * splat(6.0)
         large_square = span * span * splat(12.0)
+        if exact:  # noqa: SIM102 - known when the kernel is compiled
+            units = no_units()
+            for k in range(first, first + size):
+                c = channel_at(geometry, k)
+                d = fma(load(turned + c * line), scale, zero - reference)
+                if masked:
+                    d = select(_load_mask(mask + c * LANES), d, zero)
+                units += in_units(d, large)
+            reference += from_units(units, size, large) / count
+        total = zero
+        total_rest = zero
+        square = zero
+        square_rest = zero
         units = no_units()
+        units_rest = no_units()
         square_units = no_units()
+        square_units_rest = no_units()
         for k in range(first, first + size):
             c = channel_at(geometry, k)
-            d = widen(_load32(turned + c * _LINE)) - reference
+            x = widen(load(turned + c * line))
+            d = fma(x, scale, zero - reference) if exact else x - reference
             if masked:
-                keep = _load_mask(mask + c * LANES)
-                d = select(keep, d, zero)
-                count += select(keep, splat(1.0), zero)
+                d = select(_load_mask(mask + c * LANES), d, zero)
             if labelled:
                 units += in_units(d, large)
-                square_units += square_in_units(d, large_square)
+                if exact:
+                    units_rest += rest_in_units(d, large)
+                    square_units += in_units(d * d, large_square)
+                    square_units_rest += rest_in_units(d * d, large_square)
+                else:
+                    square_units += square_in_units(d, large_square)
+            elif exact:
+                moved = total + d
+                total_rest += rounding(total, d, moved)
+                total = moved
+                d = d * d
+                moved = square + d
+                square_rest += rounding(square, d, moved)
+                square = moved
             else:
                 total += d
                 square = fma(d, d, square)
         if labelled:
             total = from_units(units, size, large)
             square = from_units(square_units, size, large_square)
+            if exact:
+                total_rest = rest_from_units(units_rest, size, large)
+                square_rest = rest_from_units(square_units_rest, size, large_square)
+        if exact:
+            total += total_rest
+            square += square_rest
         offset = total / count
         m2 = square - total * offset
-        return reference + offset, select(less(m2, zero), zero, m2), count
+        m2 = select(less(m2, zero), zero, m2)
+        if exact:
+            return reference, offset, m2, count, scale
+        return reference + offset, zero, m2, count, scale
 
     return moments
 
 
-@inner
-def inverse_deviation(m2: Any, count: Any, eps: float) -> Any:
-    """rstd in lanes; squares of float32 are far from the ends of float64's range."""
-    return splat(1.0) / vector_sqrt(m2 / count + splat(eps))
+@cache
+def inverse_deviation(real: str) -> Any:
+    """root_of(m2, count, scale, eps): rstd / scale, in lanes."""
+    exact = real == "float64"
+    one, largest = 1.0, 1.5 * 2.0**1023
+
+    @inner
+    def root_of(m2: Any, count: Any, scale: Any, eps: float) -> Any:
+        variance = m2 / count
+        if not exact:
+            return splat(one) / vector_sqrt(variance + splat(eps))
+        root = splat(one) / vector_sqrt(variance + splat(eps) * scale * scale)
+        # of numbers far above 1 the scaled eps may be 0, while it is all there is of a constant group's
+        unscaled = variance / scale / scale
+        near = splat(one) / vector_sqrt(unscaled + splat(eps)) / scale
+        near = select(less(splat(largest), near), splat(largest), near)
+        near = select(less(unscaled, splat(2.0**1000)), near, root)
+        return select(less(scale, splat(one)), near, root)
+
+    return root_of
+
+
+@cache
+def elements(real: str) -> Any:
+    """x_hat(address, mean, rest, root, scale) of a channel."""
+    load = loader(real, real)[0]
+    exact = real == "float64"
+
+    @inner
+    def x_hat(address: int, mean: Any, rest: Any, root: Any, scale: Any) -> Any:
+        if exact:
+            return (fma(load(address), scale, splat(0.0) - mean) - rest) * root
+        return (widen(load(address)) - mean) * root
+
+    return x_hat
 
 
 @cache
 def forward_block(x: str, y: str, compute: str, activation: str | None, labelled: bool, masked: bool) -> Any:
     """Kernel: y of sixteen samples, with mean and rstd."""
-    read, write = reader(x), writer(y)
+    real = real_of(x, y)
+    line = LANES * itemsize(real)
+    read, write = reader(x, real), writer(y, real)
     channels_of, channel_at, _ = group_sums(labelled)
-    moments = group_moments(labelled, masked)
+    moments = group_moments(real, labelled, masked)
+    normal, root_of = elements(real), inverse_deviation(real)
     act = activation_kernels(compute, activation)[0]
-    double, active = compute == "float64", activation is not None
-    store_lanes = _store32_wide if double or not active else _store32
+    wide = compute == "float64" or activation is None
+    store = storer(real, "float64" if wide else compute)[0]
 
     @inner
-    def block(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
+    def block(geometry: int, call: int, task: int, chunk: int, store_at: int, scratch: int) -> None:
         n0 = LANES * task
         count = min(LANES, word(geometry, w.SAMPLES) - n0)
         turned = scratch + word(geometry, w.TURNED_AT)
@@ -270,45 +379,65 @@ def forward_block(x: str, y: str, compute: str, activation: str | None, labelled
         weight, bias = scratch + word(geometry, w.WEIGHT_AT), scratch + word(geometry, w.BIAS_AT)
         eps = bits_float(word(geometry, w.EPS))
         for g in range(word(geometry, w.GROUPS)):
-            mean, m2, values = moments(geometry, g, turned, mask)
-            rstd = inverse_deviation(m2, values, eps)
-            _store64(means + 8 * LANES * g, mean)
-            _store64(rstds + 8 * LANES * g, rstd)
+            mean, rest, m2, values, scale = moments(geometry, g, turned, mask, eps)
+            root = root_of(m2, values, scale, eps)
+            _store64(means + 8 * LANES * g, (mean + rest) / scale)
+            _store64(rstds + 8 * LANES * g, root * scale)
             first, size = channels_of(geometry, g)
             for k in range(first, first + size):
                 c = channel_at(geometry, k)
-                x_hat = (widen(_load32(turned + c * _LINE)) - mean) * rstd
+                x_hat = normal(turned + c * line, mean, rest, root, scale)
                 z = fma(x_hat, splat(load_f64(weight, c)), splat(load_f64(bias, c)))
-                if active:
-                    store_lanes(turned + c * _LINE, act(z if double else narrow(z)))
+                if wide:
+                    store(turned + c * line, act(z))
                 else:
-                    store_lanes(turned + c * _LINE, z)
+                    store(turned + c * line, act(narrow(z)))
         move_statistics(geometry, call, n0, count, means, rstds, False)
         write(geometry, call, _OUT, n0, count, turned, scratch)
 
     return block
 
 
-@inner
-def add_channels(folded: int, channels: int, target: int) -> None:
-    """Sums over the lanes of each channel, added to those of the samples before."""
-    for c in range(0, channels, LANES):
-        sums = folded_sums(folded + c * FOLDED)
-        left = channels - c
-        if left >= LANES:
-            _store64(target + 8 * c, _load64(target + 8 * c) + sums)
-        else:
-            _store64_part(target + 8 * c, _load64_part(target + 8 * c, left) + sums, left)
+@cache
+def add_channels(exact: bool) -> Any:
+    """add(folded, channels, target, rests): sums over the lanes of each channel to those of the samples before."""
+
+    @inner
+    def add(folded: int, channels: int, target: int, rests: int) -> None:
+        for c in range(0, channels, LANES):
+            term = folded_sums(folded + c * FOLDED)
+            at = target + 8 * c
+            left = channels - c
+            if left >= LANES:
+                if exact:
+                    add_to(at, rests + 8 * c, term)
+                else:
+                    _store64(at, _load64(at) + term)
+            else:  # nothing beyond `left` is touched: it may be another participant's
+                before = _load64_part(at, left)
+                moved = before + term
+                if exact:
+                    lost = _load64_part(rests + 8 * c, left) + rounding(before, term, moved)
+                    _store64_part(rests + 8 * c, lost, left)
+                _store64_part(at, moved, left)
+
+    return add
 
 
 @cache
 def backward_block(x: str, y: str, compute: str, activation: str | None, labelled: bool, masked: bool) -> Any:
     """Kernel: dx of sixteen samples, and what they add to dweight and dbias."""
-    read_x, read_dy, write = reader(x), reader(y), writer(y)
+    real = real_of(x, y)
+    line = LANES * itemsize(real)
+    read_x, read_dy, write = reader(x, real), reader(y, real), writer(y, real)
+    load, store = loader(real, real)[0], storer(real, real)[0]
+    store_wide = storer(real, "float64")[0]
     channels_of, channel_at, _ = group_sums(labelled)
-    moments = group_moments(labelled, masked)
+    moments = group_moments(real, labelled, masked)
+    normal, root_of = elements(real), inverse_deviation(real)
     slope = activation_kernels(compute, activation)[1]
-    double, active = compute == "float64", activation is not None
+    exact, double, active = real == "float64", compute == "float64", activation is not None
+    add = add_channels(exact)
     kept = active and not double
     """dy*act'(z) takes the place of dy; in float64 it has more digits than that has."""
 
@@ -326,7 +455,38 @@ def backward_block(x: str, y: str, compute: str, activation: str | None, labelle
         return widen(dy)
 
     @inner
-    def block(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
+    def exact_sums(
+        geometry: int, first: int, size: int, turned: int, turned_dy: int, weight: int, bias: int,
+        mean: Any, rest: Any, root: Any, scale: Any, most_v: Any, most_vx: Any, sum_v: Any, sum_vx: Any,
+    ) -> Any:  # fmt: skip
+        # the same sums in any order; NaN where the plain ones are not finite, which are taken next to the end of range
+        large = power_below(most_v) * splat(6.0)
+        large_x = power_below(most_vx) * splat(6.0)
+        units = no_units()
+        units_x = no_units()
+        units_rest = no_units()
+        units_x_rest = no_units()
+        for k in range(first, first + size):
+            c = channel_at(geometry, k)
+            x_hat = normal(turned + c * line, mean, rest, root, scale)
+            a = load_f64(weight, c)
+            v = again(load(turned_dy + c * line), x_hat, a, load_f64(bias, c)) * splat(a)
+            units += in_units(v, large)
+            units_x += in_units(v * x_hat, large_x)
+            if exact:
+                units_rest += rest_in_units(v, large)
+                units_x_rest += rest_in_units(v * x_hat, large_x)
+        total = from_units(units, size, large)
+        total_x = from_units(units_x, size, large_x)
+        if exact:
+            total += rest_from_units(units_rest, size, large)
+            total_x += rest_from_units(units_x_rest, size, large_x)
+        most = splat(2.0**1000)
+        total = select(less(most_v, most), total + (sum_v - sum_v), sum_v)
+        return total, select(less(most_vx, most), total_x + (sum_vx - sum_vx), sum_vx)
+
+    @inner
+    def block(geometry: int, call: int, task: int, chunk: int, store_at: int, scratch: int) -> None:
         n0 = LANES * task
         count = min(LANES, word(geometry, w.SAMPLES) - n0)
         channels = word(geometry, w.C)
@@ -350,35 +510,39 @@ def backward_block(x: str, y: str, compute: str, activation: str | None, labelle
         there = first_lanes(count)
         for g in range(word(geometry, w.GROUPS)):
             first, size = channels_of(geometry, g)
-            values = splat(float(size))
-            if given:
-                mean = _load64(means + 8 * LANES * g)
-                rstd = _load64(rstds + 8 * LANES * g)
-                if masked:  # the mean may be that of other elements than the mask keeps
-                    mean, _, values = moments(geometry, g, turned, mask)
+            if exact or masked or not given:
+                mean, rest, m2, values, scale = moments(geometry, g, turned, mask, eps)
+                if given:
+                    # of the mean alone one float64 is not enough, or it may be that of other elements than a mask keeps
+                    root = _load64(rstds + 8 * LANES * g) / scale
+                else:
+                    root = root_of(m2, values, scale, eps)
+                    _store64(means + 8 * LANES * g, (mean + rest) / scale)
+                    _store64(rstds + 8 * LANES * g, root * scale)
             else:
-                mean, m2, values = moments(geometry, g, turned, mask)
-                rstd = inverse_deviation(m2, values, eps)
-                _store64(means + 8 * LANES * g, mean)
-                _store64(rstds + 8 * LANES * g, rstd)
+                mean, rest, scale = _load64(means + 8 * LANES * g), zero, splat(1.0)
+                root = _load64(rstds + 8 * LANES * g)
+                values = splat(float(size))
             # x_hat of a lane without a sample is 0, and so is its dy
             mean = select(there, mean, zero)
-            rstd = select(there, rstd, zero)
+            rest = select(there, rest, zero)
+            root = select(there, root, zero)
             sum_v = zero
             sum_vx = zero
+            lost_v = zero
+            lost_vx = zero
             most_v = zero
             most_vx = zero
-            spoiled = zero
             for k in range(first, first + size):
                 c = channel_at(geometry, k)
                 a = load_f64(weight, c)
-                x_hat = (widen(_load32(turned + c * _LINE)) - mean) * rstd
-                dy = _load32(turned_dy + c * _LINE)
+                x_hat = normal(turned + c * line, mean, rest, root, scale)
+                dy = load(turned_dy + c * line)
                 if active:
                     dz = slope_of(dy, fma(x_hat, splat(a), splat(load_f64(bias, c))))
                     v = widen(dz)
                     if kept:
-                        _store32(turned_dy + c * _LINE, dz)
+                        store(turned_dy + c * line, dz)
                 else:
                     v = widen(dy)
                 store_folded(folded + c * FOLDED, v)
@@ -389,52 +553,57 @@ def backward_block(x: str, y: str, compute: str, activation: str | None, labelle
                     most_v = select(less(most_v, absolute), absolute, most_v)
                     absolute = vector_abs(v * x_hat)
                     most_vx = select(less(most_vx, absolute), absolute, most_vx)
-                    spoiled = fma(v * x_hat, zero, spoiled)  # NaN by a NaN or an infinity
+                if exact and not labelled:
+                    moved = sum_v + v
+                    lost_v += rounding(sum_v, v, moved)
+                    sum_v = moved
+                    v = v * x_hat
+                    moved = sum_vx + v
+                    lost_vx += rounding(sum_vx, v, moved)
+                    sum_vx = moved
                 else:
                     sum_v += v
                     sum_vx = fma(v, x_hat, sum_vx)
             if labelled:
-                large = power_below(most_v + spoiled) * splat(6.0)
-                large_x = power_below(most_vx + spoiled) * splat(6.0)
-                units = no_units()
-                units_x = no_units()
-                for k in range(first, first + size):
-                    c = channel_at(geometry, k)
-                    x_hat = (widen(_load32(turned + c * _LINE)) - mean) * rstd
-                    a = load_f64(weight, c)
-                    v = again(_load32(turned_dy + c * _LINE), x_hat, a, load_f64(bias, c)) * splat(a)
-                    units += in_units(v, large)
-                    units_x += in_units(v * x_hat, large_x)
-                sum_v = from_units(units, size, large)
-                sum_vx = from_units(units_x, size, large_x)
-            scale = rstd
+                sum_v, sum_vx = exact_sums(
+                    geometry, first, size, turned, turned_dy, weight, bias, mean, rest, root, scale,
+                    most_v, most_vx, sum_v, sum_vx,
+                )  # fmt: skip
+            elif exact:
+                sum_v += lost_v
+                sum_vx += lost_vx
+            factor = root
             mean_v = zero - sum_v / values
             mean_vx = zero - sum_vx / values
             if not masked:
                 if size == 1:  # dx is exactly 0
-                    rstd = zero
-                    scale = zero
+                    root = zero
+                    factor = zero
                     mean_vx = zero
                 elif size == 2 and not given:
                     # what is left when both sums cancel (`statistics.pair`)
-                    scale = rstd * (splat(eps) * (rstd * rstd) if eps > 0.0 else zero)
+                    rstd = root * scale
+                    factor = root * (splat(eps) * (rstd * rstd) if eps > 0.0 else zero)
                     mean_vx = zero
             for k in range(first, first + size):
                 c = channel_at(geometry, k)
                 a = load_f64(weight, c)
-                x_hat = (widen(_load32(turned + c * _LINE)) - mean) * rstd
-                v = again(_load32(turned_dy + c * _LINE), x_hat, a, load_f64(bias, c))
-                rest = fma(mean_vx, x_hat, mean_v)
+                x_hat = normal(turned + c * line, mean, rest, root, scale)
+                v = again(load(turned_dy + c * line), x_hat, a, load_f64(bias, c))
+                means_here = fma(mean_vx, x_hat, mean_v)
                 if masked:
-                    rest = select(_load_mask(mask + c * LANES), rest, zero)
-                _store32_wide(turned_dy + c * _LINE, fma(splat(a), v, rest) * scale)
+                    means_here = select(_load_mask(mask + c * LANES), means_here, zero)
+                dx = fma(splat(a), v, means_here) * factor
+                if exact:
+                    dx = dx * scale
+                store_wide(turned_dy + c * line, dx)
         if not given:
             move_statistics(geometry, call, n0, count, means, rstds, False)
         part = word(geometry, w.GRADIENT_BYTES)
         sums = load_i64(call, w.CALL_WORK) + word(geometry, w.GRADIENTS_AT)
         sums += task // word(geometry, w.PART_SAMPLES) * part
-        add_channels(folded, channels, sums)
-        add_channels(folded_x, channels, sums + part // 2)
+        add(folded, channels, sums, sums + part // 4)
+        add(folded_x, channels, sums + part // 2, sums + part // 4 * 3)
         write(geometry, call, _DX, n0, count, turned_dy, scratch)
 
     return block

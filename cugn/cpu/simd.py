@@ -373,7 +373,7 @@ def from_units(typingctx: Any, total: Any, count: Any, large: Any) -> Any:
 
 @intrinsic
 def power_below(typingctx: Any, value: Any) -> Any:
-    """2^floor(log2 |value|) of float64 lanes: their exponents alone; 0 for 0 and subnormal numbers, infinity for NaN."""
+    """2^floor(log2 |value|) of float64 lanes, their exponents: 0 for 0 and subnormal numbers, infinity for NaN."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         bits = builder.bitcast(args[0], vector_of(I64))

@@ -12,6 +12,7 @@ from .memory import I8, I64, pointer
 from .simd import LANES
 
 _QUARTER = ir.VectorType(ir.FloatType(), 4)
+_HALF = ir.VectorType(ir.DoubleType(), 2)
 
 
 def _shuffled(builder: Any, a: Any, b: Any, places: list[int]) -> Any:
@@ -57,6 +58,32 @@ def transpose_floats(typingctx: Any, source: Any, source_step: Any, target: Any,
                 ]
                 for k, value in enumerate(columns):
                     where = _at(builder, target, target_step, column + k, 4 * row)
+                    builder.store(value, pointer(builder, where, value.type), align=1)
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def transpose_doubles(typingctx: Any, source: Any, source_step: Any, target: Any, target_step: Any) -> Any:
+    """The same of float64: one shuffle for each four."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        source, source_step, target, target_step = args
+
+        def load(row: int, column: int) -> Any:
+            where = _at(builder, source, source_step, row, 8 * column)
+            return builder.load(pointer(builder, where, _HALF), align=1)
+
+        for column in range(0, LANES, 2):
+            for row in range(0, LANES, 4):
+                a, b = (
+                    _shuffled(builder, load(row + k, column), load(row + k + 2, column), list(range(4)))
+                    for k in range(2)
+                )
+                for k, places in enumerate(([0, 4, 2, 6], [1, 5, 3, 7])):
+                    value = _shuffled(builder, a, b, places)
+                    where = _at(builder, target, target_step, column + k, 8 * row)
                     builder.store(value, pointer(builder, where, value.type), align=1)
         return context.get_dummy_value()
 
