@@ -16,10 +16,18 @@ from typing import Any
 from .block_moments import store_partial, two_sum_error
 from .compile import inner
 from .convert import loader
-from .memory import bits_float, float_bits
+from .memory import bits_float, float_bits, load_f64
 from .simd import LANES, fma, less, reduce_add, reduce_max, select, splat, vector_abs, vector_max
 
-_load64_part = loader("float64", "float64")[1]
+_load64, _load64_part = loader("float64", "float64")
+
+
+@inner
+def _at(address: int, left: int) -> Any:
+    """The next 16 of an array, zeros beyond its end."""
+    if left >= LANES:
+        return _load64(address)
+    return _load64_part(address, left)
 
 
 @inner
@@ -54,7 +62,7 @@ def exact_sum(values: int, width: int) -> float:
     largest = splat(0.0)
     plain = splat(0.0)
     for j in range(0, width, LANES):
-        v = _load64_part(values + 8 * j, min(LANES, width - j))
+        v = _at(values + 8 * j, width - j)
         largest = vector_max(largest, vector_abs(v))
         plain += v
     total = reduce_add(plain)
@@ -67,7 +75,7 @@ def exact_sum(values: int, width: int) -> float:
     high = splat(0.0)
     low = splat(0.0)
     for j in range(0, width, LANES):
-        v = _load64_part(values + 8 * j, min(LANES, width - j))
+        v = _at(values + 8 * j, width - j)
         q = rounded_to(v, vector)
         high += q
         low += rounded_to(v - q, small)
@@ -77,6 +85,9 @@ def exact_sum(values: int, width: int) -> float:
 @inner
 def merge_arrays(counts: int, means: int, lows: int, squares: int, width: int, out: int) -> None:
     """One partial of `width` ones whose fields are float64 arrays; those without elements are neutral."""
+    if width == 1:
+        store_partial(out, load_f64(counts, 0), load_f64(means, 0), load_f64(lows, 0), load_f64(squares, 0))
+        return
     zero = splat(0.0)
     infinite = splat(-math.inf)
     total = zero
@@ -86,16 +97,16 @@ def merge_arrays(counts: int, means: int, lows: int, squares: int, width: int, o
     largest_low = zero
     largest_square = zero
     for j in range(0, width, LANES):
-        left = min(LANES, width - j)
-        n = _load64_part(counts + 8 * j, left)
-        mean = _load64_part(means + 8 * j, left)
+        left = width - j
+        n = _at(counts + 8 * j, left)
+        mean = _at(means + 8 * j, left)
         filled = less(zero, n)
         total += n
         most = vector_max(most, n)
         top = vector_max(top, select(filled, mean, infinite))
         minus_bottom = vector_max(minus_bottom, select(filled, zero - mean, infinite))
-        largest_low = vector_max(largest_low, select(filled, vector_abs(_load64_part(lows + 8 * j, left)), zero))
-        largest_square = vector_max(largest_square, select(filled, _load64_part(squares + 8 * j, left), zero))
+        largest_low = vector_max(largest_low, select(filled, vector_abs(_at(lows + 8 * j, left)), zero))
+        largest_square = vector_max(largest_square, select(filled, _at(squares + 8 * j, left), zero))
     count = reduce_add(total)
     if count == 0.0:
         store_partial(out, 0.0, 0.0, 0.0, 0.0)
@@ -112,9 +123,9 @@ def merge_arrays(counts: int, means: int, lows: int, squares: int, width: int, o
     high_sum = zero
     low_sum = zero
     for j in range(0, width, LANES):
-        left = min(LANES, width - j)
-        n = _load64_part(counts + 8 * j, left)
-        d = (_load64_part(means + 8 * j, left) - shift) + _load64_part(lows + 8 * j, left)
+        left = width - j
+        n = _at(counts + 8 * j, left)
+        d = (_at(means + 8 * j, left) - shift) + _at(lows + 8 * j, left)
         term = select(less(zero, n), n * d, zero)
         q = rounded_to(term, large)
         high_sum += q
@@ -133,10 +144,10 @@ def merge_arrays(counts: int, means: int, lows: int, squares: int, width: int, o
     high_sum = zero
     low_sum = zero
     for j in range(0, width, LANES):
-        left = min(LANES, width - j)
-        n = _load64_part(counts + 8 * j, left)
-        d = (_load64_part(means + 8 * j, left) - shift) + (_load64_part(lows + 8 * j, left) - rest)
-        term = select(less(zero, n), fma(n * d, d, _load64_part(squares + 8 * j, left)), zero)
+        left = width - j
+        n = _at(counts + 8 * j, left)
+        d = (_at(means + 8 * j, left) - shift) + (_at(lows + 8 * j, left) - rest)
+        term = select(less(zero, n), fma(n * d, d, _at(squares + 8 * j, left)), zero)
         q = rounded_to(term, large)
         high_sum += q
         low_sum += rounded_to(term - q, small)

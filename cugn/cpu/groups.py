@@ -220,6 +220,19 @@ def coefficient_kernel(compute: str, tangents: bool = False) -> Any:
     store_c, _, _ = storer(compute, "float64")
     size = 4 if compute == "float32" else 8
     single = compute == "float32"  # float64 keeps the digits of a mean in two parts, whatever x was shifted by before
+    last_field = w.RECORD_BYTES // 8 if tangents else w.DX_POWER + 1
+
+    @inner
+    def limit(record: int, arrays: int, fold: bool) -> float:
+        # weights up to which the coefficients are folded: none where the group's are not
+        return 2.0**60 if single and fold and foldable(record, arrays) else -1.0
+
+    @inner
+    def field_of(record: int, fields: int, field: int, by_channel: bool) -> Any:
+        # of a group's record in all lanes, or those of sixteen channels with labels
+        if by_channel:
+            return _load64(fields + field * w.RECORD_BYTES)
+        return splat(load_f64(record, field))
 
     @inner
     def expand(
@@ -241,17 +254,29 @@ def coefficient_kernel(compute: str, tangents: bool = False) -> Any:
         zero, one = splat(0.0), splat(1.0)
         unfolded = zero if single and fold else one
         c = channel0
+        by_channel = word(geometry, w.LABELS) != 0 and inner_size == 1
+        fields = scratch + word(geometry, w.BLOCKS_AT)
         while c < channel0 + channels:
             record = records + group_of(geometry, c) * w.RECORD_BYTES
             # channels that share these coefficients; the vectors may run over into those of the next ones
             together = 1
-            if word(geometry, w.LABELS) == 0 and inner_size == 1:
+            if by_channel:
+                together = min(LANES, channel0 + channels - c)
+                for k in range(together):
+                    of_channel = records + group_of(geometry, c + k) * w.RECORD_BYTES
+                    store_f64(fields, k, limit(of_channel, arrays, fold))
+                    for field in range(w.POWER, last_field):
+                        store_f64(fields + field * w.RECORD_BYTES, k, load_f64(of_channel, field))
+            elif inner_size == 1:
                 size_of_group = word(geometry, w.GROUP_CHANNELS)
                 together = min(size_of_group - c % size_of_group, channel0 + channels - c)
-            power, high, low = load_f64(record, w.POWER), load_f64(record, w.MINUS_HIGH), load_f64(record, w.MINUS_LOW)
-            ratio, slope, offset = load_f64(record, w.RATIO), load_f64(record, w.SLOPE), load_f64(record, w.OFFSET)
-            # weights up to which the coefficients are folded: none where the group's are not
-            most = splat(2.0**60 if single and fold and foldable(record, arrays) else -1.0)
+            power = field_of(record, fields, w.POWER, by_channel)
+            high = field_of(record, fields, w.MINUS_HIGH, by_channel)
+            low = field_of(record, fields, w.MINUS_LOW, by_channel)
+            ratio = field_of(record, fields, w.RATIO, by_channel)
+            slope = field_of(record, fields, w.SLOPE, by_channel)
+            offset = field_of(record, fields, w.OFFSET, by_channel)
+            most = _load64(fields) if by_channel else splat(limit(record, arrays, fold))
             for j in range(0, together * inner_size, LANES):
                 at = target + ((c - channel0) * inner_size + j) * size
                 if inner_size == 1:
@@ -264,29 +289,29 @@ def coefficient_kernel(compute: str, tangents: bool = False) -> Any:
                 large = select(equal(large, zero), one, large)
                 fits = both(less_equal(large, most), less_equal(splat(2.0**-60), large))
                 unfolded = select(without(first_lanes(min(together * inner_size - j, LANES)), fits), one, unfolded)
-                store_c(at, select(fits, one, splat(power)))
-                store_c(at + each, select(fits, splat(-0.0), splat(high)))
-                store_c(at + 2 * each, select(fits, splat(-0.0), splat(low)))
+                store_c(at, select(fits, one, power))
+                store_c(at + each, select(fits, splat(-0.0), high))
+                store_c(at + 2 * each, select(fits, splat(-0.0), low))
                 if arrays > 3:
-                    scale = factor * splat(ratio)
-                    store_c(at + 3 * each, select(fits, scale * splat(power), scale))
-                    store_c(at + 4 * each, select(fits, fma(scale, splat(high + low), shift), shift))
+                    scale = factor * ratio
+                    store_c(at + 3 * each, select(fits, scale * power, scale))
+                    store_c(at + 4 * each, select(fits, fma(scale, high + low, shift), shift))
                 if arrays > 5:
-                    store_c(at + 5 * each, select(fits, splat(slope * power * power), splat(slope)))
-                    store_c(at + 6 * each, select(fits, splat(power * fma(slope, high + low, offset)), splat(offset)))
+                    store_c(at + 5 * each, select(fits, slope * power * power, slope))
+                    store_c(at + 6 * each, select(fits, power * fma(slope, high + low, offset), offset))
                 if not (single or tangents):  # noqa: SIM102 - as below
                     if arrays > 7:
-                        store_c(at + 7 * each, splat(load_f64(record, w.DX_POWER)))
+                        store_c(at + 7 * each, field_of(record, fields, w.DX_POWER, by_channel))
                 if tangents:  # noqa: SIM102 - known when the kernel is compiled, which otherwise has none of it
                     if arrays > 7:
                         if inner_size == 1:
-                            store_c(at + 7 * each, _load64(tangent + 8 * (c + j)) * splat(ratio))
+                            store_c(at + 7 * each, _load64(tangent + 8 * (c + j)) * ratio)
                             store_c(at + 8 * each, _load64(shift_tangent + 8 * (c + j)))
                         else:
-                            store_c(at + 7 * each, splat(load_f64(tangent, c) * ratio))
+                            store_c(at + 7 * each, splat(load_f64(tangent, c)) * ratio)
                             store_c(at + 8 * each, splat(load_f64(shift_tangent, c)))
                         for k in range(w.GX_OFFSET, arrays):
-                            store_c(at + k * each, splat(load_f64(record, k)))
+                            store_c(at + k * each, field_of(record, fields, k, by_channel))
             c += together
         store_i64(call, w.CALL_FOLDED, 1 if reduce_max(unfolded) == 0.0 else 0)
 

@@ -143,7 +143,11 @@ def sort_partials(geometry: int, store: int, scratch: int) -> None:
     order = word(geometry, w.ORDER)
     merged = scratch + word(geometry, w.BLOCKS_AT) + 64
     ordered = merged + 4 * padded
-    merge_layers(store + word(geometry, w.PARTIALS_AT), word(geometry, w.LAYERS), padded, channels, merged)
+    partials = store + word(geometry, w.PARTIALS_AT)
+    if word(geometry, w.LAYERS) == 1:
+        merged = partials
+    else:
+        merge_layers(partials, word(geometry, w.LAYERS), padded, channels, merged)
     for j in range(channels):
         c = load_i64(order, j)
         store_f64(ordered, j, load_f64(merged, c))

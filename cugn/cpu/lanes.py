@@ -5,7 +5,7 @@ anywhere. With a sample in each lane both are nothing: sums stay in their lanes,
 costs is the way there and back (`transpose.py`), half a cycle an element.
 
 A sample's bits are those of its own lane, whatever the other lanes hold. Arithmetic is that of float64. Sums over the
-channels of a label group are of terms in units of one number, which are integers, so that the channels' order is nothing.
+channels of a label group are of terms in units of one number: integers, so that the channels' order is nothing.
 
 `real` is the dtype of the channels in lanes: float32, or float64 where x or y is that. Then there is more to be done:
 x_hat = (x*scale - mean - rest) * root, with a power of two that keeps squares in range, a mean of two float64,
@@ -254,7 +254,7 @@ def group_moments(real: str, labelled: bool, masked: bool) -> Any:
         # |x - reference| is below twice the power of two, and so is |x - mean|
         large = span * splat(6.0)
         large_square = span * span * splat(12.0)
-        if exact:  # noqa: SIM102 - known when the kernel is compiled
+        if exact:
             units = no_units()
             for k in range(first, first + size):
                 c = channel_at(geometry, k)

@@ -15,11 +15,11 @@ from .access import array_word, word
 from .block_moments import BLOCK, add_to, merge, store_partial, two_sum_error
 from .chunks import offset_of
 from .compile import inner
-from .convert import loader, mask_loader, storer
+from .convert import loader, mask_loader, storer, to_compute
 from .memory import load_i64, load_u8, store_f64, store_u8
 from .simd import (
     LANES,
-    add_lanes,
+    add_bytes,
     as_float64,
     both,
     copy_bytes,
@@ -28,7 +28,8 @@ from .simd import (
     first_lanes,
     fma,
     less,
-    no_lanes,
+    narrow,
+    no_bytes,
     reduce_add,
     reduce_max,
     rounding,
@@ -130,12 +131,15 @@ def count_kept(pm: int, m_step: int, rows: int, cols: int) -> int:
 
 @inner
 def count_columns(pm: int, m_step: int, rows: int, cols: int, out: int) -> None:
-    """Number of elements that are kept in each column, as float64."""
+    """Number of elements that are kept in each column, as float64; in bytes as far as they go."""
     for j in range(0, cols, LANES):
-        count = no_lanes()
-        for r in range(rows):
-            count = add_lanes(count, mask_at(pm + r * m_step + j, cols - j))
-        _store64(out + 8 * j, as_float64(count))
+        total = splat(0.0)
+        for first in range(0, rows, 255):
+            count = no_bytes()
+            for r in range(first, min(first + 255, rows)):
+                count = add_bytes(count, mask_at(pm + r * m_step + j, cols - j))
+            total += as_float64(count)
+        _store64(out + 8 * j, total)
 
 
 @inner
@@ -164,14 +168,29 @@ def masked_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any, A
     """
     load, load_part = loader(dtype, compute)
     double = compute == "float64"
+    lanes = to_compute(compute)
     block = BLOCK[compute]
     step = LANES * itemsize
+
+    @inner
+    def load_shift(address: int) -> Any:
+        if double:
+            return _load64(address)
+        return narrow(_load64(address))
 
     @inner
     def lanes_at(p: int, left: int) -> Any:
         if left >= LANES:
             return widen(load(p))
         return widen(load_part(p, left))
+
+    @inner
+    def deviation(p: int, left: int, mask: Any, factor: Any, minus: Any, shift: Any) -> Any:
+        # x - shift, 0 where the mask is false; in float32 lanes, where shift is one of the values, before they are wide
+        if double:
+            return select(mask, fma(lanes_at(p, left), factor, minus), splat(0.0))
+        x = load(p) if left >= LANES else load_part(p, left)
+        return widen(select(mask, x, shift)) + minus
 
     @inner
     def first_kept(p: int, rows: int, row_bytes: int, pm: int, m_step: int, cols: int) -> float:
@@ -208,6 +227,7 @@ def masked_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any, A
             shift = first_kept(p, rows, row_bytes, pm, m_step, cols)
         factor = splat(scale)
         minus = splat(-shift)
+        fill = lanes(shift)
         zero = splat(0.0)
         total = zero
         square = zero
@@ -223,7 +243,7 @@ def masked_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any, A
             left = cols
             while left > 0:
                 mask = mask_at(qm, left)
-                d = select(mask, fma(lanes_at(q, left), factor, minus), zero)
+                d = deviation(q, left, mask, factor, minus, fill)
                 count += count_lanes(mask)
                 total += d
                 square = fma(d, d, square)
@@ -334,9 +354,10 @@ def masked_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any, A
                 s = zero
                 square = zero
                 minus = zero - _load64(shifts + j)
+                fill = load_shift(shifts + j)
                 for r in range(here):
                     mask = mask_at(qm + r * m_step, left)
-                    d = select(mask, fma(lanes_at(q + r * row_bytes, left), factor, minus), zero)
+                    d = deviation(q + r * row_bytes, left, mask, factor, minus, fill)
                     s += d
                     square = fma(d, d, square)
                 if double:
@@ -372,12 +393,13 @@ def masked_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any, A
             else:
                 shift = first_kept(q, 1, 0, qm, 0, count)
             minus = splat(-shift)
+            fill = lanes(shift)
             total = zero
             square = zero
             kept = 0
             for j in range(0, count, LANES):
                 mask = mask_at(qm + j, count - j)
-                d = select(mask, lanes_at(q + j * itemsize, count - j) + minus, zero)
+                d = deviation(q + j * itemsize, count - j, mask, splat(1.0), minus, fill)
                 total += d
                 square = fma(d, d, square)
                 kept += count_lanes(mask)

@@ -27,7 +27,7 @@ LANES = 16
 
 
 class Vector(types.Type):
-    """16 lanes of float32, float64, int32, int64 or bool."""
+    """16 lanes of float32, float64, uint8, int64 or bool."""
 
     def __init__(self, lane: types.Type) -> None:
         self.lane = lane
@@ -36,14 +36,14 @@ class Vector(types.Type):
 
 F32 = Vector(types.float32)
 F64 = Vector(types.float64)
-I32 = Vector(types.int32)
+BYTES = Vector(types.uint8)
 UNITS = Vector(types.int64)
 MASK = Vector(types.boolean)
 
 _LLVM = {
     types.float32: ir.FloatType(),
     types.float64: ir.DoubleType(),
-    types.int32: ir.IntType(32),
+    types.uint8: I8,
     types.int64: ir.IntType(64),
     types.boolean: ir.IntType(1),
 }
@@ -82,10 +82,10 @@ def _binary(op: Any, float_method: str, int_method: str | None = None) -> None:
                 return signature(args[0], *args)
             return None
 
-    for vec in (F32, F64) if int_method is None else (F32, F64, I32, UNITS):
+    for vec in (F32, F64) if int_method is None else (F32, F64, UNITS):
 
         def lower(context: Any, builder: Any, sig: Any, args: Any, vec: Vector = vec) -> Any:
-            method = int_method if vec in (I32, UNITS) and int_method is not None else float_method
+            method = int_method if vec is UNITS and int_method is not None else float_method
             return getattr(builder, method)(*args)
 
         lower_builtin(op, vec, vec)(lower)
@@ -459,25 +459,25 @@ def count_lanes(typingctx: Any, mask: Any) -> Any:
 
 
 @intrinsic
-def add_lanes(typingctx: Any, count: Any, mask: Any) -> Any:
-    """int32 lanes, one more where the mask is true."""
+def add_bytes(typingctx: Any, count: Any, mask: Any) -> Any:
+    """Byte lanes, one more where the mask is true: up to 255."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.add(args[0], builder.zext(args[1], args[0].type))
 
-    return I32(I32, MASK), codegen
+    return BYTES(BYTES, MASK), codegen
 
 
 @intrinsic
-def no_lanes(typingctx: Any) -> Any:
-    """int32 lanes of 0."""
-    return I32(), lambda context, builder, sig, args: constant(ir.IntType(32), 0)
+def no_bytes(typingctx: Any) -> Any:
+    """Byte lanes of 0."""
+    return BYTES(), lambda context, builder, sig, args: constant(I8, 0)
 
 
 @intrinsic
 def as_float64(typingctx: Any, count: Any) -> Any:
-    """int32 lanes as float64 ones."""
-    return F64(I32), lambda context, builder, sig, args: builder.sitofp(args[0], vector_of(ir.DoubleType()))
+    """Byte lanes as float64 ones."""
+    return F64(BYTES), lambda context, builder, sig, args: builder.uitofp(args[0], vector_of(ir.DoubleType()))
 
 
 @intrinsic
