@@ -61,6 +61,16 @@ def test_values(row: str, dtype: str, form: str) -> None:
     for value, wanted in ((result.mean, expected.mean), (result.rstd, expected.rstd)):
         spread = np.abs(wanted) + (1 / expected.rstd if value is result.mean else 0)
         assert (np.abs(value - wanted) <= 2.0**-44 * spread + 5e-324).all(), row
+    if dtype != "float64":  # of its mean one float64 is not enough
+        y = cugn.normalize(x, result.mean, result.rstd, options["groups"], weight, bias)
+        check_y(y, expected, dtype, row)
+    moments = cugn.moments(x, **{k: v for k, v in options.items() if k != "eps"})
+    np.testing.assert_array_equal(moments.count, expected.count)
+    e = 2.0**-48 if dtype == "float64" else 2.0**-44
+    spread = expected.m2 + expected.count * (e * np.abs(expected.mean)) ** 2
+    held = expected.m2 < 1e308
+    assert (np.abs(moments.m2 - expected.m2)[held] <= (e * spread)[held] + 5e-324).all(), row
+    assert (np.abs(moments.mean - expected.mean) <= e * (np.abs(expected.mean) + spread**0.5)).all(), row
     if ROWS[row].backward in (None, FLOATS) or dtype in (ROWS[row].backward or ()):
         expected = oracle.backward(dy, x, weight=weight, bias=bias, **options)
         # of two or three values, dx is what is left when its terms cancel

@@ -36,12 +36,13 @@ def _prepared(
     # sums are given in float64, and are
     wide = plan.y_dtype == "float64" or small or operation == "backward_sums"
     compute = "float64" if wide else "float32"
+    # a backward in parts keeps its sums from one phase to the next
     shape = geometry.of(
-        plan, arrays, threads.setting(), compute=compute,
+        plan, arrays, threads.setting(), compute=compute, in_lanes=entry == "forward",
         weight_kind=_kind(weight, plan.y_dtype), bias_kind=_kind(bias, plan.y_dtype), **options,
     )  # fmt: skip
     # a backward's rows group by group have their sums and dx in one phase
-    kind = _kind_of_work(plan, shape, compute)._replace(table=shape.table and entry == "forward")
+    kind = _kind_of_work(plan, shape, compute)._replace(table=shape.table and entry == "forward", lanes=shape.lanes)
     if "where" not in options:
         kind = kind._replace(masked=False)
     steps = getattr(phases, operation)(kind)
