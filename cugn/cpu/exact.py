@@ -23,7 +23,7 @@ _load64, _load64_part = loader("float64", "float64")
 
 
 @inner
-def _at(address: int, left: int) -> Any:
+def array_at(address: int, left: int) -> Any:
     """The next 16 of an array, zeros beyond its end."""
     if left >= LANES:
         return _load64(address)
@@ -62,7 +62,7 @@ def exact_sum(values: int, width: int) -> float:
     largest = splat(0.0)
     plain = splat(0.0)
     for j in range(0, width, LANES):
-        v = _at(values + 8 * j, width - j)
+        v = array_at(values + 8 * j, width - j)
         largest = vector_max(largest, vector_abs(v))
         plain += v
     total = reduce_add(plain)
@@ -75,7 +75,7 @@ def exact_sum(values: int, width: int) -> float:
     high = splat(0.0)
     low = splat(0.0)
     for j in range(0, width, LANES):
-        v = _at(values + 8 * j, width - j)
+        v = array_at(values + 8 * j, width - j)
         q = rounded_to(v, vector)
         high += q
         low += rounded_to(v - q, small)
@@ -98,15 +98,15 @@ def merge_arrays(counts: int, means: int, lows: int, squares: int, width: int, o
     largest_square = zero
     for j in range(0, width, LANES):
         left = width - j
-        n = _at(counts + 8 * j, left)
-        mean = _at(means + 8 * j, left)
+        n = array_at(counts + 8 * j, left)
+        mean = array_at(means + 8 * j, left)
         filled = less(zero, n)
         total += n
         most = vector_max(most, n)
         top = vector_max(top, select(filled, mean, infinite))
         minus_bottom = vector_max(minus_bottom, select(filled, zero - mean, infinite))
-        largest_low = vector_max(largest_low, select(filled, vector_abs(_at(lows + 8 * j, left)), zero))
-        largest_square = vector_max(largest_square, select(filled, _at(squares + 8 * j, left), zero))
+        largest_low = vector_max(largest_low, select(filled, vector_abs(array_at(lows + 8 * j, left)), zero))
+        largest_square = vector_max(largest_square, select(filled, array_at(squares + 8 * j, left), zero))
     count = reduce_add(total)
     if count == 0.0:
         store_partial(out, 0.0, 0.0, 0.0, 0.0)
@@ -124,8 +124,8 @@ def merge_arrays(counts: int, means: int, lows: int, squares: int, width: int, o
     low_sum = zero
     for j in range(0, width, LANES):
         left = width - j
-        n = _at(counts + 8 * j, left)
-        d = (_at(means + 8 * j, left) - shift) + _at(lows + 8 * j, left)
+        n = array_at(counts + 8 * j, left)
+        d = (array_at(means + 8 * j, left) - shift) + array_at(lows + 8 * j, left)
         term = select(less(zero, n), n * d, zero)
         q = rounded_to(term, large)
         high_sum += q
@@ -145,9 +145,9 @@ def merge_arrays(counts: int, means: int, lows: int, squares: int, width: int, o
     low_sum = zero
     for j in range(0, width, LANES):
         left = width - j
-        n = _at(counts + 8 * j, left)
-        d = (_at(means + 8 * j, left) - shift) + (_at(lows + 8 * j, left) - rest)
-        term = select(less(zero, n), fma(n * d, d, _at(squares + 8 * j, left)), zero)
+        n = array_at(counts + 8 * j, left)
+        d = (array_at(means + 8 * j, left) - shift) + (array_at(lows + 8 * j, left) - rest)
+        term = select(less(zero, n), fma(n * d, d, array_at(squares + 8 * j, left)), zero)
         q = rounded_to(term, large)
         high_sum += q
         low_sum += rounded_to(term - q, small)

@@ -16,6 +16,7 @@ from .block_moments import BLOCK, add_to, merge, store_partial, two_sum_error
 from .chunks import offset_of
 from .compile import inner
 from .convert import loader, mask_loader, storer, to_compute
+from .exact import array_at
 from .memory import load_i64, load_u8, store_f64, store_u8
 from .simd import (
     LANES,
@@ -156,6 +157,41 @@ def finish_columns(scratch: int, cols: int) -> None:
         _store64(j + padded, rounding(shift, offset, high))
         _store64(j + 2 * padded, vector_max(_load64(j + 2 * padded) - s * offset, zero))
         _store64(j, high)
+
+
+@inner
+def merge_columns(counts: int, means: int, lows: int, squares: int, width: int, out: int) -> None:
+    """One partial of `width` columns whose fields are float64 arrays; some may have nothing that is kept."""
+    zero = splat(0.0)
+    infinite = splat(-math.inf)
+    total = zero
+    top = infinite
+    for j in range(0, width, LANES):
+        n = array_at(counts + 8 * j, width - j)
+        total += n
+        top = vector_max(top, select(less(zero, n), array_at(means + 8 * j, width - j), infinite))
+    count = reduce_add(total)
+    if count == 0.0:
+        store_partial(out, 0.0, 0.0, 0.0, 0.0)
+        return
+    reference = reduce_max(top)
+    shift = splat(reference)
+    total = zero
+    for j in range(0, width, LANES):
+        n = array_at(counts + 8 * j, width - j)
+        d = (array_at(means + 8 * j, width - j) - shift) + array_at(lows + 8 * j, width - j)
+        total += select(less(zero, n), n * d, zero)
+    offset = reduce_add(total) / count
+    high = reference + offset
+    low = two_sum_error(reference, offset, high)
+    shift = splat(high)
+    rest = splat(low)
+    total = zero
+    for j in range(0, width, LANES):
+        n = array_at(counts + 8 * j, width - j)
+        d = (array_at(means + 8 * j, width - j) - shift) + (array_at(lows + 8 * j, width - j) - rest)
+        total += select(less(zero, n), fma(n * d, d, array_at(squares + 8 * j, width - j)), zero)
+    store_partial(out, count, high, low, reduce_add(total))
 
 
 @cache

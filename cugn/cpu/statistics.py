@@ -12,9 +12,8 @@ from .block_moments import block_kernels, merge, segment_partial
 from .chunks import chunk_memory, place_of
 from .compile import inner, within
 from .convert import loader, storer
-from .exact import merge_arrays
 from .labelled import merge_label, short_runs, sort_partials
-from .masked import SHORT, masked_kernels, open_mask
+from .masked import SHORT, masked_kernels, merge_columns, open_mask
 from .memory import bits_float, float_bits, load_f64, load_i64, store_f64
 from .simd import LANES, narrow_scalar, reduce_max, splat, vector_abs, vector_max, widen, widen_scalar
 from .words import PARTIAL_BYTES
@@ -182,7 +181,7 @@ def statistics(
                     at = blocks + 8 * first
                     target = blocks - 64 if labelled else out
                     if masked:
-                        merge_arrays(at + 3 * each, at, at + each, at + 2 * each, of_segment, target)
+                        merge_columns(at + 3 * each, at, at + each, at + 2 * each, of_segment, target)
                     else:
                         segment_partial(at, at + each, at + 2 * each, of_segment, float(rows), target)
                     if labelled:
