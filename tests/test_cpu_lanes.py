@@ -146,6 +146,20 @@ def test_special_values_stay_in_their_group(dtype: str, form: str, special: floa
         np.testing.assert_array_equal(new[same], old[same])
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e-300, 8e306, -8e306])
+@pytest.mark.parametrize("form", FORMS)
+def test_constant_groups_without_eps(form: str, value: float) -> None:
+    """x_hat is 0/0, whatever the values' size; with any eps at all it is 0."""
+    x = np.full((3, C), value)
+    options = arguments_of(form, len(x))
+    y, mean, rstd = cugn.group_norm_forward(x, eps=0.0, **options)
+    assert np.isnan(y).all()
+    np.testing.assert_array_equal(mean, value)
+    assert np.isinf(rstd).all()
+    for eps in (5e-324, 1e-300, 1e-5):
+        assert not cugn.group_norm(x, eps=eps, **options).any()
+
+
 @pytest.mark.parametrize("activation", ["silu", "relu"])
 @pytest.mark.parametrize("form", FORMS)
 def test_activations_of_large_groups(form: str, activation: str) -> None:

@@ -329,8 +329,10 @@ def inverse_deviation(real: str) -> Any:
         root = splat(one) / vector_sqrt(variance + splat(eps) * scale * scale)
         # of numbers far above 1 the scaled eps may be 0, while it is all there is of a constant group's
         unscaled = variance / scale / scale
-        near = splat(one) / vector_sqrt(unscaled + splat(eps)) / scale
-        near = select(less(splat(largest), near), splat(largest), near)
+        near = splat(one) / vector_sqrt(unscaled + splat(eps))
+        finite = less(near, splat(math.inf))  # else of a constant group without eps, whose x_hat is NaN
+        near = near / scale
+        near = select(both(finite, less(splat(largest), near)), splat(largest), near)
         near = select(less(unscaled, splat(2.0**1000)), near, root)
         return select(less(scale, splat(one)), near, root)
 
