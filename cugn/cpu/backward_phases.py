@@ -21,7 +21,8 @@ from .convert import to_compute
 from .gradients import task_gradients
 from .groups import coefficient_kernel, given_finish, group_of, record_lanes
 from .labelled import group_sums
-from .masked import kept_sums, open_mask
+from .mask_memory import open_mask
+from .masked import kept_sums
 from .memory import bits_float, load_f64, load_i64, store_f64, store_i64
 from .phases import GATES
 from .simd import LANES, fma

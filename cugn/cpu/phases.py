@@ -86,36 +86,36 @@ def _gradient(kind: Kind) -> tuple[Kernel, Kernel]:
     return Kernel("backward_phases", "sums_chunk", options), Kernel("backward_phases", "dx_chunk", options)
 
 
-def _block(factory: str, *options: Any) -> list[Phase]:
+def _block(module: str, factory: str, *options: Any) -> list[Phase]:
     """All phases at once."""
-    return [Phase(Kernel("lanes", factory, options))]
+    return [Phase(Kernel(module, factory, options))]
 
 
 def forward(kind: Kind) -> list[Phase]:
     """x is read twice and y written once; a group that fits in cache is read from memory once."""
     if kind.lanes:
-        return _block("forward_block", *kind[:4], kind.labelled, kind.masked)
+        return _block("lane_phases", "forward_block", *kind[:4], kind.labelled, kind.masked)
     return [_moments(kind), _apply(kind)]
 
 
 def moments(kind: Kind) -> list[Phase]:
     """The forward's first phase alone."""
     if kind.lanes:
-        return _block("moments_block", kind.x, kind.y, kind.labelled, kind.masked)
+        return _block("lane_phases", "moments_block", kind.x, kind.y, kind.labelled, kind.masked)
     return [_moments(kind)]
 
 
 def normalize(kind: Kind) -> list[Phase]:
     """The forward's second phase, with records of the statistics that were given."""
     if kind.lanes:
-        return _block("normalize_block", *kind[:4], kind.labelled)
+        return _block("lane_phases", "normalize_block", *kind[:4], kind.labelled)
     return [Phase(None, Kernel("groups", "given_finish", (kind.compute,))), _apply(kind)]
 
 
 def backward(kind: Kind, given: bool) -> list[Phase]:
     """Moments if they were not given, sums of dz and dz*x_hat, dx: dy and x are read twice and dx written once."""
     if kind.lanes:
-        return _block("backward_block", *kind[:4], kind.labelled, kind.masked)
+        return _block("lane_backward", "backward_block", *kind[:4], kind.labelled, kind.masked)
     if kind.table:
         gradient = [Phase(Kernel("table", "backward_sample", (kind.x, kind.y, kind.compute, kind.activation)))]
     else:

@@ -338,15 +338,14 @@ def in_units(typingctx: Any, value: Any, large: Any) -> Any:
 
 
 @intrinsic
-def square_in_units(typingctx: Any, value: Any, large: Any) -> Any:
-    """The same of the square of lanes."""
+def product_in_units(typingctx: Any, a: Any, b: Any, large: Any) -> Any:
+    """The same of a*b, rounded once."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        value, large = args
-        square = call_intrinsic(builder, f"llvm.fma.{suffix(ir.DoubleType())}", value.type, [value, value, large])
-        return builder.bitcast(square, vector_of(I64))
+        product = call_intrinsic(builder, f"llvm.fma.{suffix(ir.DoubleType())}", args[0].type, args)
+        return builder.bitcast(product, vector_of(I64))
 
-    return UNITS(F64, F64), codegen
+    return UNITS(F64, F64, F64), codegen
 
 
 @intrinsic

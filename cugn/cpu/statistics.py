@@ -13,7 +13,8 @@ from .chunks import chunk_memory, place_of
 from .compile import inner, within
 from .convert import loader, storer
 from .labelled import merge_label, short_runs, sort_partials
-from .masked import SHORT, masked_kernels, merge_columns, open_mask
+from .mask_memory import open_mask
+from .masked import SHORT, masked_kernels, merge_columns
 from .memory import bits_float, float_bits, load_f64, load_i64, store_f64
 from .simd import LANES, narrow_scalar, reduce_max, splat, vector_abs, vector_max, widen, widen_scalar
 from .words import PARTIAL_BYTES

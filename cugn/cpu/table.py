@@ -14,6 +14,7 @@ from typing import Any
 from . import words as w
 from .access import word
 from .activate import activation_kernels
+from .adders import adder
 from .apply import HEAD_FROM
 from .block_moments import add_to
 from .chunks import sample_at
@@ -122,6 +123,7 @@ def backward_sample(x: str, y: str, compute: str, activation: str | None) -> Any
     lanes = to_compute(compute)
     double = compute == "float64"
     exact = y == "float64"
+    begin, add_term, _ = adder(exact)
     x_size, y_size = itemsize(x), itemsize(y)
     c_size = 8 if double else 4
 
@@ -181,10 +183,9 @@ def backward_sample(x: str, y: str, compute: str, activation: str | None) -> Any
         ratio = load_f64(record, w.RATIO)
         scale = lanes(ratio)
         wide = splat(ratio)
-        sum_v = zero
-        sum_vt = zero
-        lost_v = zero
-        lost_vt = zero
+        one = splat(1.0)
+        sums = begin()
+        sums_t = begin()
         for j in range(0, size, LANES):
             left = size - j
             v = element_v(pv, j, left)
@@ -203,22 +204,13 @@ def backward_sample(x: str, y: str, compute: str, activation: str | None) -> Any
             wv = v64 * widen(a)
             if left < LANES:
                 wv = select(first_lanes(left), wv, zero)
-            if exact:
-                moved = sum_v + wv
-                lost_v += rounding(sum_v, wv, moved)
-                sum_v = moved
-                term = wv * t64
-                moved = sum_vt + term
-                lost_vt += rounding(sum_vt, term, moved)
-                sum_vt = moved
-            else:
-                sum_v += wv
-                sum_vt = fma(wv, t64, sum_vt)
-        total = reduce_add(sum_v)
-        total_t = reduce_add(sum_vt)
+            sums = add_term(sums, wv, one, zero)
+            sums_t = add_term(sums_t, wv, t64, zero)
+        total = reduce_add(sums[0])
+        total_t = reduce_add(sums_t[0])
         if exact:
-            total += reduce_add(lost_v)
-            total_t += reduce_add(lost_vt)
+            total += reduce_add(sums[1])
+            total_t += reduce_add(sums_t[1])
         store_f64(record, w.OFFSET, -ratio * (total / size))
         store_f64(record, w.SLOPE, -ratio * ratio * ratio * (total_t / size))
 

@@ -25,7 +25,7 @@ from . import words as w
 from .activate import derivative_kernel
 from .compile import inner
 from .convert import COMPUTE, loader, storer, to_compute
-from .masked import mask_at
+from .mask_memory import mask_at
 from .memory import I64, load_f64, pointer, store_f64
 from .phases import GATES
 from .simd import F64, LANES, first_lanes, fma, reduce_add, select, splat, vector_of, widen

@@ -25,7 +25,7 @@ from .compile import inner
 from .gradients import task_gradients
 from .groups import coefficient_kernel, group_of, record_lanes, tangent_at
 from .labelled import group_sums
-from .masked import open_mask
+from .mask_memory import open_mask
 from .memory import load_f64, store_f64
 from .phases import GATES
 from .simd import LANES

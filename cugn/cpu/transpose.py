@@ -11,9 +11,6 @@ from numba.extending import intrinsic
 from .memory import I8, I64, pointer
 from .simd import LANES
 
-_QUARTER = ir.VectorType(ir.FloatType(), 4)
-_HALF = ir.VectorType(ir.DoubleType(), 2)
-
 
 def _shuffled(builder: Any, a: Any, b: Any, places: list[int]) -> Any:
     order = ir.Constant(ir.VectorType(ir.IntType(32), len(places)), places)
@@ -25,69 +22,53 @@ def _at(builder: Any, base: Any, step: Any, index: int, more: int) -> Any:
     return builder.add(here, ir.Constant(I64, more))
 
 
-@intrinsic
-def transpose_floats(typingctx: Any, source: Any, source_step: Any, target: Any, target_step: Any) -> Any:
-    """16 rows of 16 float32, `source_step` bytes apart, into as many that are `target_step` bytes apart.
+def _turned(builder: Any, rows: list[Any]) -> list[Any]:
+    """Columns of two or four rows whose halves, of as many elements, are turned each by itself."""
+    width = len(rows)
+    steps = {2: [([0, 4, 2, 6], [1, 5, 3, 7])], 4: [
+        ([0, 8, 1, 9, 4, 12, 5, 13], [2, 10, 3, 11, 6, 14, 7, 15]),
+        ([0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15]),
+    ]}[width]  # fmt: skip
+    rows = [_shuffled(builder, a, b, p) for a, b in zip(rows[::2], rows[1::2], strict=True) for p in steps[0]]
+    if width == 4:
+        rows = [_shuffled(builder, rows[k], rows[k + 2], p) for k in range(2) for p in steps[1]]
+    return rows
 
-    Four by four within halves of AVX registers: rows k and k+4 come into one by their loads, so that two shuffles for
-    each eight elements are left of three.
+
+def _transposer(lane: ir.Type, width: int) -> Any:
+    """transpose(source, source_step, target, target_step): 16 rows of 16, a step in bytes apart, into as many.
+
+    In squares of `width`, 16 bytes, two of them in an AVX register: rows k and k + width come into one by their loads,
+    so that for eight float32 two shuffles are left of three, for four float64 one.
     """
+    size = 16 // width
+    piece = ir.VectorType(lane, width)
 
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        source, source_step, target, target_step = args
+    @intrinsic
+    def transpose(typingctx: Any, source: Any, source_step: Any, target: Any, target_step: Any) -> Any:
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            source, source_step, target, target_step = args
 
-        def load(row: int, column: int) -> Any:
-            where = _at(builder, source, source_step, row, 4 * column)
-            return builder.load(pointer(builder, where, _QUARTER), align=1)
+            def load(row: int, column: int) -> Any:
+                where = _at(builder, source, source_step, row, size * column)
+                return builder.load(pointer(builder, where, piece), align=1)
 
-        for column in range(0, LANES, 4):
-            for row in range(0, LANES, 8):
-                a, b, c, d = (
-                    _shuffled(builder, load(row + k, column), load(row + k + 4, column), list(range(8)))
-                    for k in range(4)
-                )
-                low_ab, high_ab, low_cd, high_cd = (
-                    _shuffled(builder, one, other, places)
-                    for one, other in ((a, b), (c, d))
-                    for places in ([0, 8, 1, 9, 4, 12, 5, 13], [2, 10, 3, 11, 6, 14, 7, 15])
-                )
-                columns = [
-                    _shuffled(builder, one, other, places)
-                    for one, other in ((low_ab, low_cd), (high_ab, high_cd))
-                    for places in ([0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15])
-                ]
-                for k, value in enumerate(columns):
-                    where = _at(builder, target, target_step, column + k, 4 * row)
-                    builder.store(value, pointer(builder, where, value.type), align=1)
-        return context.get_dummy_value()
+            for column in range(0, LANES, width):
+                for row in range(0, LANES, 2 * width):
+                    pairs = [(load(row + k, column), load(row + k + width, column)) for k in range(width)]
+                    rows = [_shuffled(builder, a, b, list(range(2 * width))) for a, b in pairs]
+                    for k, value in enumerate(_turned(builder, rows)):
+                        where = _at(builder, target, target_step, column + k, size * row)
+                        builder.store(value, pointer(builder, where, value.type), align=1)
+            return context.get_dummy_value()
 
-    return types.none(types.int64, types.int64, types.int64, types.int64), codegen
+        return types.none(types.int64, types.int64, types.int64, types.int64), codegen
+
+    return transpose
 
 
-@intrinsic
-def transpose_doubles(typingctx: Any, source: Any, source_step: Any, target: Any, target_step: Any) -> Any:
-    """The same of float64: one shuffle for each four."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        source, source_step, target, target_step = args
-
-        def load(row: int, column: int) -> Any:
-            where = _at(builder, source, source_step, row, 8 * column)
-            return builder.load(pointer(builder, where, _HALF), align=1)
-
-        for column in range(0, LANES, 2):
-            for row in range(0, LANES, 4):
-                a, b = (
-                    _shuffled(builder, load(row + k, column), load(row + k + 2, column), list(range(4)))
-                    for k in range(2)
-                )
-                for k, places in enumerate(([0, 4, 2, 6], [1, 5, 3, 7])):
-                    value = _shuffled(builder, a, b, places)
-                    where = _at(builder, target, target_step, column + k, 8 * row)
-                    builder.store(value, pointer(builder, where, value.type), align=1)
-        return context.get_dummy_value()
-
-    return types.none(types.int64, types.int64, types.int64, types.int64), codegen
+transpose_floats = _transposer(ir.FloatType(), 4)
+transpose_doubles = _transposer(ir.DoubleType(), 2)
 
 
 @intrinsic
