@@ -199,3 +199,19 @@ def test_results_past_the_caches(form: str, shift: int) -> None:
         np.testing.assert_array_equal(dx[rows], cugn.group_norm_backward(dy[rows], x[rows], groups).dx)
     assert not memory[:, :shift].any()
     assert not memory[:, shift + x.size :].any()
+
+
+@pytest.mark.parametrize("groups", ["one", "labels"])
+def test_long_sums_of_equal_terms(groups: str) -> None:
+    """float64: additions of the same few terms round the same way each time, which no long sum may keep."""
+    channels = 12_000
+    x = np.where(np.arange(channels) % 3 == 0, 0.1, 0.7)[None].repeat(2, 0)
+    dy = np.where(np.arange(channels) % 7 == 0, 0.3, 0.1)[None].repeat(2, 0)
+    where = np.ones(x.shape, bool)
+    where[:, 5] = False
+    given: Any = 1 if groups == "one" else [0] * channels
+    moments = cugn.moments(x, given, where=where)
+    expected = oracle.forward(x, given, where=where)
+    assert (np.abs(moments.m2 - expected.m2) <= 4 * 2.0**-52 * expected.m2).all()
+    result, right = cugn.group_norm_backward(dy, x, given, where=where), oracle.backward(dy, x, given, where=where)
+    assert (np.abs(result.dx - right.dx) <= 4 * 2.0**-52 * right.group_max).all()
