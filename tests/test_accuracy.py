@@ -537,3 +537,38 @@ def test_gradients_of_channels_beyond_the_range_of_float16(xp: Library) -> None:
         da = pytest.importorskip("dask.array")
         grads = cugn.group_norm_backward(da.from_array(dy, (1, 2, 32)), da.from_array(x, (1, 2, 32)), 2, W)
         assert np.isposinf(grads.dbias.compute()).all()
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("form", ["table", "strided table", "volume", "channels last"])
+def test_what_a_mask_leaves_out_1e305_standard_deviations_away(form: str, activation: str | None) -> None:
+    """Right up to a quarter of float64's range; beyond it an infinity that no other group sees."""
+    rng = np.random.default_rng(1)
+    x, dy = rng.normal(size=(2, 3, 32, 1 if "table" in form else 9))
+    where = rng.random(x.shape) < 0.7
+    weight, bias = rng.normal(size=(2, 32))
+
+    def placed(a: np.ndarray) -> np.ndarray:
+        if form == "channels last":
+            return np.ascontiguousarray(np.moveaxis(a, 1, -1))
+        return np.repeat(a, 2, axis=1)[:, ::2] if form == "strided table" else a
+
+    options: dict[str, Any] = {"where": placed(where), "channel_axis": -1 if form == "channels last" else 1}
+    options["activation"] = activation
+
+    def results(factor: float, group: slice) -> list[np.ndarray]:
+        far = x.copy()
+        far[:, group] = np.where(where, x, factor * np.sign(x))[:, group]
+        arguments = (placed(far), 2, weight, bias)
+        y = cugn.group_norm(*arguments, **options)
+        grads = cugn.group_norm_backward(placed(dy), *arguments, **options)
+        if factor < 1e306:
+            check_y(y, oracle.forward(*arguments, **options), "float64", form)
+            check_gradients(grads, oracle.backward(placed(dy), *arguments, **options), "float64", form)
+        channels = (y, grads.dx) if form == "channels last" else (y.swapaxes(1, -1), grads.dx.swapaxes(1, -1))
+        return [a[..., :16] for a in (*channels, grads.dweight, grads.dbias)]
+
+    for result in (results(1e305, slice(None)), results(1e305, slice(16, 32))):
+        assert all(np.isfinite(a).all() for a in result)
+    for a, b in zip(results(1.0, slice(16, 32)), results(1e308, slice(16, 32)), strict=True):
+        np.testing.assert_array_equal(a, b)

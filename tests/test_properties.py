@@ -58,7 +58,9 @@ def test_forward(call: Call) -> None:
     assert y.shape == call.x.shape
     assert y.dtype == dtype_of(call.y_dtype)
     assert mean.shape == rstd.shape == expected.mean.shape
-    check(y, expected.y, y_bound(call, expected), call.y_dtype)
+    with np.errstate(invalid="ignore"):  # what a mask leaves out may be so far that a small weight would bring it back
+        inside = ~(np.isfinite(expected.x_hat) & (np.abs(expected.x_hat) > LIMIT["float64"] / 2))
+    check(y[inside], expected.y[inside], y_bound(call, expected)[inside], call.y_dtype)
     out = np.empty_like(y)
     assert cugn.group_norm(call.x, call.groups, call.weight, call.bias, out=out, **call.options) is out
     np.testing.assert_array_equal(out.astype(np.float64), y.astype(np.float64))
@@ -86,16 +88,20 @@ def _right(call: Call) -> Iterator[oracle.Backward]:
 
 
 def _beyond_float64(call: Call) -> np.ndarray:
-    """(N, C, S): elements of groups in which x_hat leaves the range: a mask leaves out what is 1e307 away.
+    """(N, C, S): elements of groups of which a sum of the backward leaves float64, within a factor of 4.
 
-    That is an infinity, which spoils its own group and nothing else.
+    Only what a mask leaves out can be that far: docs/design/numerics.md.
     """
     axes = call.options["batch_axis"], call.options["channel_axis"]
-    x_hat = oracle.to_ncs(oracle.forward(call.x, call.groups, **{**call.options, "activation": None}).y, *axes)
-    far = np.isfinite(x_hat) & (np.abs(x_hat) > LIMIT["float64"] / 16)
-    labels = oracle.labels_of(call.groups, far.shape[1])
+    result = oracle.forward(call.x, call.groups, **{**call.options, "activation": None})
+    x_hat, dy = (np.abs(oracle.to_ncs(a, *axes)) for a in (result.x_hat, call.dy))
+    weight = np.ones(x_hat.shape[1]) if call.weight is None else np.maximum(1, np.abs(_wide(call.weight)))
+    terms = dy * x_hat * weight[:, None]
+    labels = oracle.labels_of(call.groups, x_hat.shape[1])
+    far = np.zeros(x_hat.shape, bool)
     for group in set(labels):
-        far[:, labels == group, :] = far[:, labels == group, :].any(axis=(1, 2), keepdims=True)
+        sums = terms[:, labels == group, :].sum(axis=(1, 2), keepdims=True)
+        far[:, labels == group, :] = np.isfinite(sums) & (sums > LIMIT["float64"] / 4)
     return far
 
 
