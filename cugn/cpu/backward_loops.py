@@ -21,18 +21,18 @@ _ALIGN_FROM = 256
 
 
 @cache
-def apply_kernels(x: str, y: str, compute: str, activation: str | None, masked: bool) -> tuple[Any, Any]:
-    """run(...) for dx of a run of one channel, rows(...) with coefficients element by element."""
+def apply_kernels(x: str, v: str, y: str, compute: str, activation: str | None, masked: bool) -> tuple[Any, Any]:
+    """run(...) for dx of a run of one channel, rows(...) with coefficients element by element; v is the dtype of dy."""
     load_mask, load_mask_part = mask_loader()
     load_x, load_x_part = loader(x, compute)
-    load_v, load_v_part = loader(y, compute)
+    load_v, load_v_part = loader(v, compute)
     load_c, _ = loader(compute, compute)
     store, store_part, store_stream = storer(y, compute)
     slope = activation_kernels(compute, activation)[1]
     active = activation is not None
     double = compute == "float64"
     lanes = to_compute(compute)
-    x_size, y_size = itemsize(x), itemsize(y)
+    x_size, v_size, y_size = itemsize(x), itemsize(v), itemsize(y)
     c_size = 4 if compute == "float32" else 8
     alignment = min(64, LANES * y_size)
 
@@ -72,7 +72,7 @@ def apply_kernels(x: str, y: str, compute: str, activation: str | None, masked: 
                 v = gradient_part(load_x_part(px, head), load_v_part(pv, head), pm, head, p, h, m, a, b, c, s, q)
                 store_part(py, v, head)
                 px += head * x_size
-                pv += head * y_size
+                pv += head * v_size
                 pm += head
                 py += head * y_size
                 count -= head
@@ -80,14 +80,14 @@ def apply_kernels(x: str, y: str, compute: str, activation: str | None, masked: 
                 while count >= LANES:
                     store_stream(py, gradient(load_x(px), load_v(pv), pm, p, h, m, a, b, c, s, q))
                     px += LANES * x_size
-                    pv += LANES * y_size
+                    pv += LANES * v_size
                     pm += LANES
                     py += LANES * y_size
                     count -= LANES
         while count >= LANES:
             store(py, gradient(load_x(px), load_v(pv), pm, p, h, m, a, b, c, s, q))
             px += LANES * x_size
-            pv += LANES * y_size
+            pv += LANES * v_size
             pm += LANES
             py += LANES * y_size
             count -= LANES
@@ -131,7 +131,7 @@ def apply_kernels(x: str, y: str, compute: str, activation: str | None, masked: 
                     store(py + r * y_step, v)
             coefficients += width * c_size
             px += width * x_size
-            pv += width * y_size
+            pv += width * v_size
             pm += width
             py += width * y_size
             left -= width
@@ -164,7 +164,7 @@ def apply_kernels(x: str, y: str, compute: str, activation: str | None, masked: 
         if head > 0:
             store_part(py, folded_gradient(px, pv, pm, head, coefficients, each), head)
             px += head * x_size
-            pv += head * y_size
+            pv += head * v_size
             pm += head
             py += head * y_size
             coefficients += head * c_size
@@ -172,16 +172,16 @@ def apply_kernels(x: str, y: str, compute: str, activation: str | None, masked: 
         whole = cols // LANES * LANES
         if stream:
             for j in range(0, whole, LANES):
-                v = folded_gradient(px + j * x_size, pv + j * y_size, pm + j, LANES, coefficients + j * c_size, each)
+                v = folded_gradient(px + j * x_size, pv + j * v_size, pm + j, LANES, coefficients + j * c_size, each)
                 store_stream(py + j * y_size, v)
         else:
             for j in range(0, whole, LANES):
-                v = folded_gradient(px + j * x_size, pv + j * y_size, pm + j, LANES, coefficients + j * c_size, each)
+                v = folded_gradient(px + j * x_size, pv + j * v_size, pm + j, LANES, coefficients + j * c_size, each)
                 store(py + j * y_size, v)
         left = cols - whole
         if left > 0:
             j = whole
-            v = folded_gradient(px + j * x_size, pv + j * y_size, pm + j, left, coefficients + j * c_size, each)
+            v = folded_gradient(px + j * x_size, pv + j * v_size, pm + j, left, coefficients + j * c_size, each)
             store_part(py + j * y_size, v, left)
 
     @inner

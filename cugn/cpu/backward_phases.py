@@ -33,6 +33,15 @@ from .words import FOLDED, SUMS
 _X, _DY, _OUT = 0, 1, 2  # positions among the arrays of the geometry
 
 
+@inner
+def kept_at(geometry: int, chunk: int, scratch: int) -> int:
+    """Where a chunk's dz are between the phases that need them, 0 if they are made twice."""
+    at = word(geometry, w.KEPT_AT)
+    if at == 0:
+        return 0
+    return scratch + at + 4 * chunk * word(geometry, w.ROWS) * word(geometry, w.CHANNELS) * word(geometry, w.PART)
+
+
 @cache
 def sums_chunk(
     x: str, y: str, compute: str, activation: str | None, by_rows: bool, dense: bool, labelled: bool, masked: bool
@@ -49,6 +58,7 @@ def sums_chunk(
     double = compute == "float64"
     active = activation is not None
     gated = double and activation in GATES
+    keeps = not double and not masked and activation in GATES
 
     @inner
     def chunk_sums(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
@@ -110,6 +120,7 @@ def sums_chunk(
             weight = scratch + word(geometry, w.WEIGHT_AT)
             bias = scratch + word(geometry, w.BIAS_AT)
             folded = scratch + word(geometry, w.BLOCKS_AT)
+            kept = kept_at(geometry, chunk, scratch) if keeps else 0
             record = records
             p, h, m = lanes_of(record)
             finite = True
@@ -120,7 +131,7 @@ def sums_chunk(
                 run(
                     pv + c * length * y_size, v_step, px + c * length * x_size, x_step, rows, length, p, h, m,
                     load_f64(record, w.RATIO) * load_f64(weight, first + c), load_f64(bias, first + c),
-                    folded + c % LANES * FOLDED,
+                    folded + c % LANES * FOLDED, 0 if kept == 0 else kept + 4 * c * length, 4 * channels * length,
                 )  # fmt: skip
                 if c % LANES == LANES - 1 or c == channels - 1:
                     block = c - c % LANES
@@ -222,13 +233,15 @@ def dx_chunk(
     x: str, y: str, compute: str, activation: str | None, by_rows: bool, dense: bool, labelled: bool, masked: bool
 ) -> Any:
     """Kernel: dx of a chunk."""
-    run, rows_kernel = apply_kernels(x, y, compute, activation, masked)
+    run, rows_kernel = apply_kernels(x, y, y, compute, activation, masked)
+    run_kept, _ = apply_kernels(x, compute, y, compute, None, masked)
     expand = coefficient_kernel(compute)
     lanes_of = record_lanes(compute)
     lanes = to_compute(compute)
     open_chunk, close_chunk = chunk_memory(dense)
     x_size, y_size = itemsize(x), itemsize(y)
     double = compute == "float64"
+    keeps = not double and not masked and activation in GATES
     arrays = 7 + double
 
     @inner
@@ -236,8 +249,11 @@ def dx_chunk(
         place = place_of(geometry, task, chunk)
         rows, first, channel0, channels, length = place.rows, place.first, place.channel0, place.channels, place.length
         stream = word(geometry, w.STREAM) != 0
+        kept = kept_at(geometry, chunk, scratch) if keeps else 0
         px, x_step = open_chunk(geometry, call, _X, place, scratch, True)
-        pv, v_step = open_chunk(geometry, call, _DY, place, scratch, True)
+        pv, v_step = 0, 0
+        if kept == 0:
+            pv, v_step = open_chunk(geometry, call, _DY, place, scratch, True)
         py, y_step = open_chunk(geometry, call, _OUT, place, scratch, False)
         pm, m_step = 0, 0
         if masked:
@@ -265,16 +281,17 @@ def dx_chunk(
                         q = lanes(load_f64(record, w.DX_POWER)) if double else p
                         slope = lanes(load_f64(record, w.SLOPE))
                         offset = lanes(load_f64(record, w.OFFSET))
-                    run(
-                        px + r * x_step + c * length * x_size,
-                        pv + r * v_step + c * length * y_size,
-                        pm + r * m_step + c * length,
-                        py + r * y_step + c * length * y_size,
-                        length, p, h, m, q, slope, offset,
-                        load_f64(record, w.RATIO) * load_f64(weight, first + c),
-                        load_f64(bias, first + c),
-                        stream,
-                    )  # fmt: skip
+                    qx = px + r * x_step + c * length * x_size
+                    qy = py + r * y_step + c * length * y_size
+                    scale = load_f64(record, w.RATIO) * load_f64(weight, first + c)
+                    if keeps and kept != 0:
+                        qv = kept + 4 * (r * channels + c) * length
+                        run_kept(qx, qv, 0, qy, length, p, h, m, q, slope, offset, scale, 0.0, stream)
+                    else:
+                        qv = pv + r * v_step + c * length * y_size
+                        qm = pm + r * m_step + c * length
+                        shift = load_f64(bias, first + c)
+                        run(qx, qv, qm, qy, length, p, h, m, q, slope, offset, scale, shift, stream)
         close_chunk(geometry, call, _OUT, place, scratch)
 
     return chunk_dx

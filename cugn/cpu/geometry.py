@@ -83,6 +83,7 @@ def of(
     vectors: int = 2,
     coefficients: int = 8,
     in_lanes: bool = False,
+    keeps: bool = False,
 ) -> Geometry:
     """Geometry of a call.
 
@@ -108,6 +109,8 @@ def of(
         Coefficients that are expanded element by element.
     in_lanes : bool
         Whether the operation has a kernel for sixteen samples of a table at a time.
+    keeps : bool
+        Whether float32 values of a task may be kept between two phases.
     """
     layout = Layout.of(
         plan.shape,
@@ -240,7 +243,10 @@ def of(
     pieces_at = coefficients_at + (coefficients * coefficient_bytes if by_rows else 0)
     piece_bytes = 0 if dense else _line(rows * channels * part * 8 + 128)
     mask_piece_at = pieces_at + piece_bytes * len(arrays)
-    scratch = _line(mask_piece_at + (0 if where is None else rows * channels * part + 128))
+    kept_at = _line(mask_piece_at + (0 if where is None else rows * channels * part + 128))
+    kept = 4 * chunks * rows * channels * part
+    keeps = keeps and not (split or by_rows) and read_bytes + kept <= OWN_CACHE * 3 // 2
+    scratch = _line(kept_at + (kept if keeps else 0))
     rounds = phases * -(-tasks // wave_tasks) if split else 1
     progress_at = w.HEADER_BYTES + 64 * rounds * slots
     header = progress_at + (16 * tasks if split else 0)
@@ -283,6 +289,7 @@ def of(
         w.MASK_PIECE_AT: mask_piece_at, w.OWN_RECORDS_AT: own_records_at, w.PADDED_WIDTH: _padded(width),
         w.SAMPLES: layout.N, w.LANE_STATISTICS_AT: statistics_at,
         w.TURNED_AT: turned_at, w.TURNED_BYTES: turned_bytes, w.TURNED_MASK_AT: turned_mask_at,
+        w.KEPT_AT: kept_at if keeps else 0,
         w.PHASES: phases, w.PART_SAMPLES: part_samples, w.GRADIENT_PARTS: gradient_parts,
     }  # fmt: skip
     for name, value in values.items():
