@@ -572,3 +572,33 @@ def test_what_a_mask_leaves_out_1e305_standard_deviations_away(form: str, activa
         assert all(np.isfinite(a).all() for a in result)
     for a, b in zip(results(1.0, slice(16, 32)), results(1e308, slice(16, 32)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("form", ["table", "strided table", "volume", "channels last"])
+def test_gradients_beside_an_infinity_that_a_mask_leaves_out(form: str, dtype: str, value: float) -> None:
+    """Its y depends on the statistics, so it spoils dx of its group's kept elements, and of nothing else."""
+    rng = np.random.default_rng(2)
+    x, dy = rng.normal(size=(2, 3, 16, 1 if "table" in form else 9)).astype(dtype)
+    where = rng.random(x.shape) < 0.7
+    where[1, 3, 0] = False
+    bad = x.copy()
+    bad[1, 3, 0] = value
+
+    def gradient(a: np.ndarray) -> np.ndarray:
+        if form == "channels last":
+            arrays = [np.ascontiguousarray(np.moveaxis(v, 1, -1)) for v in (dy, a, where)]
+        else:
+            arrays = [np.repeat(v, 2, axis=1)[:, ::2] if form == "strided table" else v for v in (dy, a, where)]
+        axis = -1 if form == "channels last" else 1
+        dx = cugn.group_norm_backward(*arrays[:2], 2, where=arrays[2], channel_axis=axis).dx
+        return np.moveaxis(dx, axis, 1)
+
+    spoiled = np.zeros(x.shape, bool)
+    spoiled[1, :8] = where[1, :8]
+    result = gradient(bad)
+    assert np.isnan(result[spoiled]).all()
+    changed = spoiled.copy()
+    changed[1, 3, 0] = np.isnan(value)
+    np.testing.assert_array_equal(np.where(changed, 0, result), np.where(changed, 0, gradient(x)))

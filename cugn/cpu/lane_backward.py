@@ -199,16 +199,17 @@ def backward_block(x: str, y: str, compute: str, activation: str | None, labelle
             factor = root
             mean_v = zero - sum_v / values
             mean_vx = zero - sum_vx / values
-            if not masked:
-                if size == 1:  # dx is exactly 0
-                    root = zero
-                    factor = zero
-                    mean_vx = zero
-                elif size == 2 and not given:
-                    # what is left when both sums cancel (`statistics.pair`)
-                    rstd = root * scale
-                    factor = root * (splat(eps) * (rstd * rstd) if eps > 0.0 else zero)
-                    mean_vx = zero
+            if masked:  # an infinity that was left out is not in x_hat of those that are kept, but spoils their group
+                mean_v += mean_vx - mean_vx
+            elif size == 1:  # dx is exactly 0
+                root = zero
+                factor = zero
+                mean_vx = zero
+            elif size == 2 and not given:
+                # what is left when both sums cancel (`statistics.pair`)
+                rstd = root * scale
+                factor = root * (splat(eps) * (rstd * rstd) if eps > 0.0 else zero)
+                mean_vx = zero
             for k in range(first, first + size):
                 c = channel_at(geometry, k)
                 a = load_f64(weight, c)
