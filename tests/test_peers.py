@@ -70,13 +70,28 @@ def test_summary_has_geometric_means_and_the_worst_case():
     assert lines[-1] == "Worst case: backward of worst (2, 3) G=1, float32, channels_first."
 
 
-def test_a_library_that_computes_something_else_is_refused():
+def test_a_library_that_computes_something_else_is_found():
     case = peers.cases(("tiny",), ("float32",), ("channels_first",))[0]
-    peers.compare(case, {"cugn": [[1.0, 2.0]], "torch": [[1.0, 2.00001]]})
-    with pytest.raises(RuntimeError, match=r"torch differs from cugn by 0\.05"):
-        peers.compare(case, {"cugn": [[1.0, 2.0]], "torch": [[1.0, 2.1]]})
-    with pytest.raises(RuntimeError, match="torch differs from cugn by nan"):
-        peers.compare(case, {"cugn": [[1.0, 2.0]], "torch": [[1.0, float("nan")]]})
+    assert not peers.others(case, {"cugn": [[1.0, 2.0]], "torch": [[1.0, 2.00001]]})
+    assert peers.others(case, {"cugn": [[1.0, 2.0]], "torch": [[1.0, 2.1]]}) == {"torch": pytest.approx(0.05)}
+    assert np.isnan(peers.others(case, {"cugn": [[1.0, 2.0]], "torch": [[1.0, float("nan")]]})["torch"])
+
+
+class Answering(peers.Library):
+    def __init__(self, name, value):
+        self.name, self.value = name, value
+
+    def ask(self, **question):
+        return {"seconds": 1e-3, "sample": [[1.0, self.value]]}
+
+
+def test_a_library_that_computes_something_else_is_told_and_left_out(capsys):
+    case = peers.cases(("tiny",), ("float32",), ("channels_first",))[0]
+    libraries = [Answering("copy", 0.0), Answering("cugn", 2.0), Answering("torch", 2.1), Answering("jax", 2.0)]
+    assert set(peers.measure(case, libraries)) == {"copy", "cugn", "jax"}
+    assert "left out: torch differs from cugn by 0.05" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match=r"cugn fresh differs from cugn by 0\.05"):
+        peers.measure(case, [*libraries, Answering("cugn fresh", 2.1)])
 
 
 def test_a_failing_library_is_told_not_left_out():
