@@ -34,7 +34,8 @@ def measured() -> list[dict[str, Any]]:
             for key, value in zip(itertools.product(*parameters), values or [], strict=False):
                 if isinstance(value, float) and value == value:
                     seconds[name, key] = value
-        found.append({"date": stored["date"], "commit": stored["commit_hash"][:7], **stored["params"], "times": seconds})
+        about = {"date": stored["date"], "commit": stored["commit_hash"][:7], **stored["params"]}
+        found.append({**about, "times": seconds})
     return sorted(found, key=lambda one: one["date"])
 
 

@@ -602,3 +602,32 @@ def test_gradients_beside_an_infinity_that_a_mask_leaves_out(form: str, dtype: s
     changed = spoiled.copy()
     changed[1, 3, 0] = np.isnan(value)
     np.testing.assert_array_equal(np.where(changed, 0, result), np.where(changed, 0, gradient(x)))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_statistics_of_a_group_that_is_not_finite(dtype: str, value: float, library: Library) -> None:
+    """rstd and m2 are NaN, whatever the layout, the groups, the mask; those of other groups stay as they are."""
+    rng = np.random.default_rng(0)
+    for size in (1, 5, 40, 300):
+        x = rng.normal(size=(2, 6, size)).astype(dtype)
+        where = rng.random(x.shape) < 0.6
+        where[1, 2, 0] = True
+        bad = x.copy()
+        bad[1, 2, 0] = value
+        for groups, last in (
+            (g, last) for g in (6, 3, [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 3, 0]) for last in (False, True)
+        ):
+            for mask in (None, where) if size < 300 else (None,):
+                options = {"channel_axis": -1 if last else 1}
+                options["where"] = None if mask is None else _arranged(mask, library, last)
+                group = 1 if groups == 3 else 2
+                results = []
+                for a in (bad, x):
+                    _, _, rstd = cugn.group_norm_forward(_arranged(a, library, last), groups, **options)
+                    m2 = cugn.moments(_arranged(a, library, last), groups, **options).m2
+                    results.append([library.numpy(rstd), library.numpy(m2)])
+                for a, b in zip(*results, strict=True):
+                    assert np.isnan(a[1, group]), (size, groups, last, mask is None)
+                    a[1, group] = b[1, group]
+                    np.testing.assert_array_equal(a, b)

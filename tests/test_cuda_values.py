@@ -381,6 +381,13 @@ def test_one_nan_spoils_its_own_group(checked: Library) -> None:
         np.testing.assert_allclose(y[mask], clean.y.reshape(2, 4, -1)[mask].astype(float), atol=1e-5)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_statistics_of_a_group_that_is_not_finite(dtype: str, value: float, fast: Library) -> None:
+    """As for NumPy arrays."""
+    table.test_statistics_of_a_group_that_is_not_finite(dtype, value, fast)
+
+
 # ---------------------------------------------------------------- memory: strides, bases, out
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from .compile import general, inner
 from .convert import loader, storer
 from .memory import load_f64, store_f64
-from .simd import LANES, first_lanes, fma, less, reduce_add, reduce_max, rounding, select, splat, vector_max, widen
+from .simd import LANES, first_lanes, fma, less, reduce_add, reduce_max, rounding, select, splat, widen
 from .words import PARTIAL_BYTES
 
 BLOCK = {"float32": 4096, "float64": 2048}
@@ -325,7 +325,8 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
             high = shift + offset
             kept = high - shift
             low = (shift - (high - kept)) + (offset - kept)
-            m2 = vector_max(square - s * offset, zero)
+            m2 = square - s * offset
+            m2 = select(less(m2, zero), zero, m2)  # in this order a NaN stays one
             cancelled = select(less(m2 * splat(2.0 if double else PLAIN), square), splat(1.0), cancelled)
             _store64(shifts + 8 * j, high)
             _store64(sums + 8 * j, low)

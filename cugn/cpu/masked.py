@@ -77,7 +77,8 @@ def finish_columns(scratch: int, cols: int) -> None:
         offset = select(less(zero, n), s / n, zero)
         high = shift + offset
         _store64(j + padded, rounding(shift, offset, high))
-        _store64(j + 2 * padded, vector_max(_load64(j + 2 * padded) - s * offset, zero))
+        m2 = _load64(j + 2 * padded) - s * offset
+        _store64(j + 2 * padded, select(less(m2, zero), zero, m2))  # in this order a NaN stays one
         _store64(j, high)
 
 
