@@ -8,9 +8,11 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,9 @@ def figure(commits: list[dict[str, Any]], path: Path) -> None:
                 panel.set_title(layout.replace("_", "-"), loc="left", weight="bold")
         row[0].set_ylabel(f"{operation} / copy")
     for panel in axes[1]:
-        panel.set_xticks(range(len(commits)), [one["commit"] for one in commits], rotation=45)
+        days = [f"{datetime.fromtimestamp(one['date'] / 1000, UTC):%Y-%m-%d}" for one in commits]
+        names = [f"{one['commit']}\n{day}" for one, day in zip(commits, days, strict=True)]
+        panel.set_xticks(range(len(commits)), names, fontsize=7)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     fig.savefig(path, dpi=150)
@@ -78,23 +82,26 @@ def figure(commits: list[dict[str, Any]], path: Path) -> None:
 
 
 def publishable() -> bool:
-    """Whether there are results, a history to place them in, and asv."""
-    there = bool(importlib.util.find_spec("asv")) and (DOCS.parent / ".git").exists()
-    return there and any(RESULTS.glob("*/*-*.json"))
+    """Whether asv is there, and results, of commits that this checkout's history has (a shallow one has not)."""
+    commits = [json.loads(path.read_text())["commit_hash"] for path in RESULTS.glob("*/*-*.json")]
+    if not commits or not importlib.util.find_spec("asv") or not shutil.which("git"):
+        return False
+    asked = (["git", "-C", str(DOCS), "merge-base", "--is-ancestor", commit, "HEAD"] for commit in commits)
+    return all(subprocess.run(command, capture_output=True, check=False).returncode == 0 for command in asked)
 
 
 def make_part(app: Any) -> None:
     """Write the part of the performance page."""
-    if not publishable():
+    commits = measured()
+    if not commits:
         write("asv.inc.md", "No results are stored with this source tree: `cd asv_bench && asv run`.\n")
         return
-    commits = measured()
     figure(commits, DOCS / "_static" / "asv.png")
     about = f"{commits[-1]['cpu']}, {commits[-1]['num_cpu']} cores"
+    site = f'<a href="{SITE}/index.html">the asv site</a>' if publishable() else "`asv publish`, in a full checkout"
     write(
         "asv.inc.md",
-        f"float32 in 32 groups, on {about}, both times of one run. Every benchmark, commit by commit: "
-        f'<a href="{SITE}/index.html">the asv site</a>.\n\n'
+        f"float32 in 32 groups, on {about}, both times of one run. Every benchmark, commit by commit: {site}.\n\n"
         "```{image} _static/asv.png\n"
         ":alt: Time of forward and backward over that of a copy, for four shapes and two layouts, against commits\n"
         "```\n",
