@@ -101,7 +101,8 @@ def make_part(app: Any) -> None:
     site = f'<a href="{SITE}/index.html">the asv site</a>' if publishable() else "`asv publish`, in a full checkout"
     write(
         "asv.inc.md",
-        f"float32 in 32 groups, on {about}, both times of one run. Every benchmark, commit by commit: {site}.\n\n"
+        f"float32 in 32 groups, on {about}, both times of one run. Each benchmark by itself, with the changes between "
+        f"commits: {site}.\n\n"
         "```{image} _static/asv.png\n"
         ":alt: Time of forward and backward over that of a copy, for four shapes and two layouts, against commits\n"
         "```\n",
