@@ -542,7 +542,7 @@ def test_gradients_of_channels_beyond_the_range_of_float16(xp: Library) -> None:
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("form", ["table", "strided table", "volume", "channels last"])
 def test_what_a_mask_leaves_out_1e305_standard_deviations_away(form: str, activation: str | None) -> None:
-    """Right up to a quarter of float64's range; beyond it an infinity that no other group sees."""
+    """Right up to a sixteenth of float64's range; beyond it an infinity that no other group sees."""
     rng = np.random.default_rng(1)
     x, dy = rng.normal(size=(2, 3, 32, 1 if "table" in form else 9))
     where = rng.random(x.shape) < 0.7

@@ -89,7 +89,7 @@ def _right(call: Call) -> Iterator[oracle.Backward]:
 
 
 def _beyond_float64(call: Call) -> np.ndarray:
-    """(N, C, S): elements of groups of which a sum of the backward leaves float64, within a factor of 4.
+    """(N, C, S): elements of groups of which a sum of the backward leaves float64, within a factor of 16.
 
     Only what a mask leaves out can be that far: docs/design/numerics.md.
     """
@@ -102,7 +102,7 @@ def _beyond_float64(call: Call) -> np.ndarray:
     far = np.zeros(x_hat.shape, bool)
     for group in set(labels):
         sums = terms[:, labels == group, :].sum(axis=(1, 2), keepdims=True)
-        far[:, labels == group, :] = np.isfinite(sums) & (sums > LIMIT["float64"] / 4)
+        far[:, labels == group, :] = np.isfinite(sums) & (sums > LIMIT["float64"] / 16)
     return far
 
 

@@ -52,7 +52,7 @@ def record_writer(compute: str) -> Any:
     standard deviation (constant groups) holds POWER down.
     """
     double = compute == "float64"
-    low_end, high_end, mean_end = (-1022, 1023, 900) if double else (-126, 127, 100)
+    low_end, high_end, mean_end = (-1022, 1023, 1022) if double else (-126, 127, 100)
 
     @inner
     def fill(record: int, high: float, low: float, scale: float, root: float, root_scale: float) -> None:
