@@ -631,3 +631,16 @@ def test_statistics_of_a_group_that_is_not_finite(dtype: str, value: float, libr
                     assert np.isnan(a[1, group]), (size, groups, last, mask is None)
                     a[1, group] = b[1, group]
                     np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("groups", [2, [0, 1, 1, 0]], ids=["equal", "labels"])
+@pytest.mark.parametrize("value", [-0.00186, 0.1, 3.0])
+def test_relu_of_constant_groups(value: float, groups: Any, last: bool, library: Library) -> None:
+    """z is 0, where the slope is 0: dx, dweight, dbias are 0."""
+    x = np.full((2, 4, 30), value, np.float32)
+    dy = np.random.default_rng(0).normal(size=x.shape).astype(np.float32)
+    axis = -1 if last else 1
+    arrays = (_arranged(a, library, last) for a in (dy, x))
+    grads = cugn.group_norm_backward(*arrays, groups, channel_axis=axis, activation="relu")
+    assert all((library.numpy(a) == 0).all() for a in grads)

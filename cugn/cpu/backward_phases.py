@@ -242,6 +242,7 @@ def dx_chunk(
     x_size, y_size = itemsize(x), itemsize(y)
     double = compute == "float64"
     keeps = not double and not masked and activation in GATES
+    folds = activation != "relu"
     arrays = 7 + double
 
     @inner
@@ -259,7 +260,8 @@ def dx_chunk(
         if masked:
             pm, m_step = open_mask(geometry, call, place, scratch)
         if by_rows:
-            expand(geometry, call, 2 * task + 1, task, channel0, channels, store, scratch, arrays, True)
+            # relu's z is that of the sums to the bit: folded, an element at 0 counted as above 0 here and not there
+            expand(geometry, call, 2 * task + 1, task, channel0, channels, store, scratch, arrays, folds)
             coefficients = scratch + word(geometry, w.COEFFICIENTS_AT)
             each = word(geometry, w.COEFFICIENT_BYTES)
             cols = channels * length
