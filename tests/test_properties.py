@@ -165,13 +165,7 @@ def test_jvp_is_the_adjoint_of_the_backward(call: Call, data: st.DataObject) -> 
     size = sum(np.abs(v).sum() for v in (call.dy * ty, dx * tx, dweight * tweight, dbias * tbias))
     weight_e = 0 if call.weight is None else oracle.epsilon(call.weight.dtype)
     size += np.abs(oracle.backward(call.dy, *arguments, **call.options).terms * np.abs(tx)).sum().astype(float)
-    either = 0.0
-    if call.options["activation"] == "relu":  # where z is a rounding from 0, each of the two may take it for above 0
-        plain = {**call.options, "activation": None}
-        z = oracle.forward(*arguments, **plain)
-        ty = cugn.group_norm_jvp(tx, *arguments, tweight=tweight, tbias=tbias, **plain)
-        either = np.abs(call.dy * ty)[np.abs(z.y) <= 4 * 2.0**-52 * z.scale].sum()
-    assert abs(left - right) <= (1e-14 + 4 * weight_e) * max(1, size) * 10 + either
+    assert abs(left - right) <= (1e-14 + 4 * weight_e) * max(1, size) * 10
 
 
 @given(call=calls(dtypes=("float64",), values=("normal", "integers"), eps=(1e-2, 1.0)), data=st.data())
