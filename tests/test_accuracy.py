@@ -449,14 +449,19 @@ def test_activations(dtype: str, activation: str, library: Library) -> None:
     shape = (2, 8, 9, 5)
     x, dy = (rng.normal(5, 2, size=shape).astype(dtype_of(dtype)) for _ in range(2))
     weight, bias = (rng.normal(0, 2, size=shape[1]).astype(dtype_of(dtype)) for _ in range(2))
-    arrays = [library.array(v) for v in (x, weight, bias)]
+    parameters = [library.array(v) for v in (weight, bias)]
     expected = oracle.forward(x, 4, weight, bias, activation=activation)
-    y = library.numpy(cugn.group_norm(arrays[0], 4, *arrays[1:], activation=activation))
-    # 1.13 of the forward's bound, + the activation's own roundings, relative to |y|, within the slack of 1.13 * 3 e;
-    check_y(y, expected._replace(scale=1.13 * expected.scale), dtype, activation)
     gradients = oracle.backward(dy, x, 4, weight, bias, activation=activation)
-    result = cugn.group_norm_backward(library.array(dy), arrays[0], 4, *arrays[1:], activation=activation)
-    check_gradients(cugn.GroupNormGrads(*map(library.numpy, result)), gradients, dtype, activation)
+    for last in (False, True):
+        a, b = (_arranged(v, library, last) for v in (x, dy))
+        options: dict[str, Any] = {"activation": activation, "channel_axis": -1 if last else 1}
+        what = f"{activation}, channels {'last' if last else 'first'}"
+        y = _restored(cugn.group_norm(a, 4, *parameters, **options), library, last)
+        # 1.13 of the forward's bound, + the activation's own roundings, relative to |y|, within the slack of 1.13 * 3 e
+        check_y(y, expected._replace(scale=1.13 * expected.scale), dtype, what)
+        dx, dweight, dbias = cugn.group_norm_backward(b, a, 4, *parameters, **options)
+        result = cugn.GroupNormGrads(_restored(dx, library, last), *map(library.numpy, (dweight, dbias)))
+        check_gradients(result, gradients, dtype, what)
 
 
 @pytest.mark.parametrize(("row", "dtype"), CASES)
@@ -572,6 +577,27 @@ def test_what_a_mask_leaves_out_1e305_standard_deviations_away(form: str, activa
         assert all(np.isfinite(a).all() for a in result)
     for a, b in zip(results(1.0, slice(16, 32)), results(1e308, slice(16, 32)), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+@pytest.mark.parametrize(
+    "row", [[-1.6e306, 1e305, -1.4e306], [1e3, 2e3, -1.2e306], [1e306, -2e306, 1.2e300], [5.0, 1e300, 1e290]]
+)
+def test_gradients_where_a_mask_keeps_one_element_at(row: list[float], activation: str | None) -> None:
+    """Its mean is far more standard deviations from 0 than 2^900; what is left out is as far from it."""
+    for sign, last in ((sign, last) for sign in (1, -1) for last in (False, True)):
+        x = np.full((2, 1, 3), sign * np.array(row))
+        dy = np.array([[[1.0, -2.0, 3.0]], [[0.0, 1.0, 0.5]]])
+        where = np.zeros((1, 1, 3), bool)
+        where[..., -1] = True
+        options: dict[str, Any] = {"where": where, "eps": 1.0, "activation": activation}
+        expected = oracle.backward(dy, x, 1, **options)
+        if last:
+            x, dy, options["where"] = (np.ascontiguousarray(np.moveaxis(a, 1, -1)) for a in (x, dy, where))
+        grads = cugn.group_norm_backward(dy, x, 1, channel_axis=-1 if last else 1, **options)
+        if last:
+            grads = grads._replace(dx=np.moveaxis(grads.dx, -1, 1))
+        check_gradients(grads, expected, "float64", f"{sign}, channels {'last' if last else 'first'}")
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])

@@ -17,16 +17,16 @@ from .access import word
 from .backward_loops import apply_kernels
 from .chunks import chunk_memory, place_of
 from .compile import inner
-from .convert import to_compute
+from .convert import itemsize, to_compute
 from .gradients import task_gradients
 from .groups import coefficient_kernel, given_finish, group_of, record_lanes
 from .labelled import group_sums
 from .mask_memory import open_mask
 from .masked import kept_sums
 from .memory import bits_float, load_f64, load_i64, store_f64, store_i64
-from .phases import GATES
+from .phases import GATES, keeps_dz
 from .simd import LANES, fma
-from .statistics import itemsize, pair, record_writer
+from .statistics import pair, record_writer
 from .sums import add_layers, sum_kernels
 from .words import FOLDED, SUMS
 
@@ -47,7 +47,8 @@ def sums_chunk(
     x: str, y: str, compute: str, activation: str | None, by_rows: bool, dense: bool, labelled: bool, masked: bool
 ) -> Any:
     """Kernel: sums of a chunk."""
-    run, careful, unfold, columns = sum_kernels(y, x, compute, activation, itemsize(y), itemsize(x))
+    keeps = keeps_dz(compute, activation, masked)
+    run, careful, unfold, columns = sum_kernels(y, x, compute, activation, keeps)
     run_kept, columns_kept = kept_sums(x, compute, itemsize(x))
     sums_kept = SUMS + masked
     fill = record_writer(compute)
@@ -58,7 +59,6 @@ def sums_chunk(
     double = compute == "float64"
     active = activation is not None
     gated = double and activation in GATES
-    keeps = not double and not masked and activation in GATES
 
     @inner
     def chunk_sums(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
@@ -241,7 +241,7 @@ def dx_chunk(
     open_chunk, close_chunk = chunk_memory(dense)
     x_size, y_size = itemsize(x), itemsize(y)
     double = compute == "float64"
-    keeps = not double and not masked and activation in GATES
+    keeps = keeps_dz(compute, activation, masked)
     folds = activation != "relu"
     arrays = 7 + double
 

@@ -217,7 +217,7 @@ def _prepare_backward(
     shape = geometry.of(
         plan, [x, dy, out], threads.setting(), compute=compute, where=where, phases=2 if given else 3,
         sums=geometry.SUMS + plan.masked, gradients=2, in_lanes=True,
-        keeps=compute == "float32" and plan.activation in GATES and not plan.masked,
+        keeps=phases.keeps_dz(compute, plan.activation, plan.masked),
         weight_kind=_kind(weight, plan.y_dtype), bias_kind=_kind(bias, plan.y_dtype),
     )  # fmt: skip
     kind = _kind_of_work(plan, shape, compute)._replace(table=shape.table, lanes=shape.lanes)

@@ -45,7 +45,13 @@ _STORAGE = {
     "uint16": I16,
     "bool": ir.IntType(8),
 }
+_ITEMSIZE = {"int8": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "int16": 2, "uint16": 2, "float32": 4, "float64": 8}
 COMPUTE = {"float32": F32, "float64": F64}
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one element."""
+    return _ITEMSIZE[dtype]
 
 
 @cache

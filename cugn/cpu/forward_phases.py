@@ -10,9 +10,9 @@ from .access import word
 from .apply import apply_kernels
 from .chunks import chunk_memory, place_of
 from .compile import inner
+from .convert import itemsize
 from .groups import coefficient_kernel, group_of, record_lanes
 from .memory import load_f64, load_i64
-from .statistics import itemsize
 
 _X, _OUT = 0, 1  # positions among the arrays of the geometry
 

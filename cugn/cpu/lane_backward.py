@@ -11,7 +11,7 @@ from .activate import activation_kernels
 from .adders import adder
 from .block_moments import add_to
 from .compile import inner
-from .convert import loader, mask_loader, storer
+from .convert import itemsize, loader, mask_loader, storer
 from .labelled import group_sums
 from .lane_memory import move_statistics, read_mask, reader, real_of, writer
 from .lane_moments import elements, group_moments, inverse_deviation
@@ -31,7 +31,6 @@ from .simd import (
     vector_abs,
     widen,
 )
-from .statistics import itemsize
 from .words import FOLDED
 
 _X, _DY, _DX = 0, 1, 2  # positions among the arrays of the geometry

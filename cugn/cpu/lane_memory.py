@@ -9,11 +9,10 @@ from . import words as w
 from .access import array_word, word
 from .chunks import Place, sample_at
 from .compile import inner
-from .convert import loader, storer
+from .convert import itemsize, loader, storer
 from .mask_memory import copy_mask, open_mask
 from .memory import load_f64, load_i64, store_f64, store_i64
 from .simd import LANES, fill_bytes
-from .statistics import itemsize
 from .transpose import transpose_bytes, transpose_doubles, transpose_floats
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from .adders import adder
 from .compile import inner
-from .convert import loader, mask_loader, to_compute
+from .convert import itemsize, loader, mask_loader, to_compute
 from .labelled import group_sums
 from .simd import LANES, both, fma, less, power_below, select, splat, vector_sqrt, widen
-from .statistics import exponent, itemsize, power_of_two
+from .statistics import exponent, power_of_two
 
 _load_mask, _ = mask_loader()
 

@@ -21,13 +21,12 @@ from . import words as w
 from .access import word
 from .activate import activation_kernels
 from .compile import inner
-from .convert import loader, storer
+from .convert import itemsize, loader, storer
 from .labelled import group_sums
 from .lane_memory import move_statistics, read_mask, reader, real_of, writer
 from .lane_moments import elements, group_moments, inverse_deviation
 from .memory import bits_float, load_f64, load_i64, store_f64
 from .simd import LANES, fma, less, narrow, select, splat
-from .statistics import itemsize
 
 _X, _OUT = 0, 1  # positions among the arrays of the geometry
 _load64, _ = loader("float64", "float64")

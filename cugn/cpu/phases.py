@@ -13,6 +13,11 @@ GATES = ("silu", "gelu", "gelu_tanh")
 """Activations whose slope changes with z."""
 
 
+def keeps_dz(compute: str, activation: str | None, masked: bool) -> bool:
+    """Whether a backward makes dz once, where it has room to keep it, and not in both of its phases."""
+    return compute == "float32" and activation in GATES and not masked
+
+
 class Kind(NamedTuple):
     """What the kernels of a call are compiled for; everything else is in the words of a geometry."""
 

@@ -11,7 +11,7 @@ from .access import word
 from .block_moments import block_kernels, merge, segment_partial
 from .chunks import chunk_memory, place_of
 from .compile import inner, within
-from .convert import loader, storer
+from .convert import itemsize, loader, storer
 from .labelled import merge_label, short_runs, sort_partials
 from .mask_memory import open_mask
 from .masked import SHORT, masked_kernels, merge_columns
@@ -22,12 +22,6 @@ from .words import PARTIAL_BYTES
 _X = 0  # position among the arrays of the geometry
 _load64, _ = loader("float64", "float64")
 _store64_part = storer("float64", "float64")[1]
-_ITEMSIZE = {"int8": 1, "uint8": 1, "float16": 2, "bfloat16": 2, "int16": 2, "uint16": 2, "float32": 4, "float64": 8}
-
-
-def itemsize(dtype: str) -> int:
-    """Bytes of one element."""
-    return _ITEMSIZE[dtype]
 
 
 @inner

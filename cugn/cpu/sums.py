@@ -16,9 +16,8 @@ from typing import Any
 from .activate import activation_kernels
 from .block_moments import add_to
 from .compile import inner
-from .convert import loader, storer, to_compute
+from .convert import itemsize, loader, storer, to_compute
 from .memory import store_f64
-from .phases import GATES
 from .simd import LANES, equal, first_lanes, fma, folded_sums, reduce_add, rounding, select, splat, store_folded, widen
 from .words import FOLDED_SUM, SUMS
 
@@ -31,10 +30,10 @@ _store64, _store64_part, _ = storer("float64", "float64")
 
 
 @cache
-def sum_kernels(v: str, x: str, compute: str, activation: str | None, v_size: int, x_size: int) -> tuple[Any, ...]:
+def sum_kernels(v: str, x: str, compute: str, activation: str | None, keeps: bool) -> tuple[Any, ...]:
     """run(...) for one channel's runs, columns(...) for rows with accumulators element by element.
 
-    Under a gate run keeps float32 v, if it is told where: the last phase would make it again (0.78 of the backward's
+    With `keeps` run keeps float32 v, if it is told where: the last phase would make it again (0.78 of the backward's
     time for silu on arrays in cache, 0.83 for gelu; AVX-512).
 
     run leaves its sums folded, and unfold adds up those of 16 channels at once (a channel of 64 elements took 15 ns,
@@ -47,7 +46,8 @@ def sum_kernels(v: str, x: str, compute: str, activation: str | None, v_size: in
     store_c, store_part_c, _ = storer(compute, compute)
     slope = activation_kernels(compute, activation)[1]
     double = compute == "float64"
-    active, keeps = activation is not None, activation in GATES
+    active = activation is not None
+    v_size, x_size = itemsize(v), itemsize(x)
     c_size = 8 if double else 4
 
     @inner

@@ -19,10 +19,10 @@ from .apply import HEAD_FROM
 from .block_moments import add_to
 from .chunks import sample_at
 from .compile import inner
-from .convert import loader, storer, to_compute
+from .convert import itemsize, loader, storer, to_compute
 from .memory import bits_float, load_f64, load_i64, store_f64, store_i64
 from .simd import LANES, first_lanes, fma, reduce_add, rounding, select, splat, widen
-from .statistics import itemsize, pair, record_writer
+from .statistics import pair, record_writer
 
 _X, _Y = 0, 1  # positions among the arrays of the forward's geometry
 _DY, _OUT = 1, 2  # and of the backward's

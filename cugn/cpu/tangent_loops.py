@@ -24,12 +24,11 @@ from numba.extending import intrinsic
 from . import words as w
 from .activate import derivative_kernel
 from .compile import inner
-from .convert import COMPUTE, loader, storer, to_compute
+from .convert import COMPUTE, itemsize, loader, storer, to_compute
 from .mask_memory import mask_at
 from .memory import I64, load_f64, pointer, store_f64
 from .phases import GATES
 from .simd import F64, LANES, first_lanes, fma, reduce_add, select, splat, vector_of, widen
-from .statistics import itemsize
 
 _ALIGN_FROM = 256
 _ROWS = 4  # rows taken together: coefficients or accumulators are loaded once for four of data

@@ -22,6 +22,7 @@ from . import words as w
 from .access import word
 from .chunks import chunk_memory, place_of
 from .compile import inner
+from .convert import itemsize
 from .gradients import task_gradients
 from .groups import coefficient_kernel, group_of, record_lanes, tangent_at
 from .labelled import group_sums
@@ -29,7 +30,6 @@ from .mask_memory import open_mask
 from .memory import load_f64, store_f64
 from .phases import GATES
 from .simd import LANES
-from .statistics import itemsize
 from .sums import add_layers
 from .tangent_loops import (
     KT,
