@@ -170,8 +170,10 @@ def of(
                 rows = min(max(rows, min(outer // 16, limit)), limit)
             rows = min(rows, outer)
             if by_rows and rows < outer:
-                # chunks of one size, and a multiple of four of them: no thread waits for another's last one
-                rows = -(-outer // (-(-outer // rows) + 3 & ~3))
+                # chunks of one size, and a multiple of four of them: no thread waits for another's last one; but two
+                # with labels, where a column's moments are kept for each chunk
+                count = -(-outer // rows)
+                rows = -(-outer // (count if labelled and count == 2 else count + 3 & ~3))
     if table or lanes:
         rows, channels, part = 1, width, 1
     row_chunks, channel_chunks, parts = -(-outer // rows), -(-width // channels), -(-inner // part)
