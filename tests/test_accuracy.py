@@ -10,6 +10,7 @@ With e = eps(dtype of y) and scale = |w| max(1, |x_hat|) + |b|:
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -338,6 +339,32 @@ def test_weight_of_another_dtype(dtype: str, weights: str) -> None:
         assert (error <= factor * getattr(expected, f"{name}_terms")).all(), name
     error = np.abs(result.dx.astype(np.float64) - expected.dx)
     assert (error <= BACKWARD_FACTOR[dtype] * oracle.epsilon(dtype_of(dtype)) * expected.group_max).all()
+
+
+@pytest.mark.parametrize("groups", [2, "labels"])
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+def test_float64_weights_of_float32_far_from_zero(last: bool, masked: bool, groups: Any) -> None:
+    """dweight in float64 needs more of a mean of 1e6 standard deviations than one float64, in every form of x."""
+    rng = np.random.default_rng(0)
+    for size, spatial, n in itertools.product((3, 9, 40), (1, 3, 50), (1, 20)):
+        shape = (n, 2 * size, spatial)
+        x, dy = (rng.normal(mean, 1, shape).astype(np.float32) for mean in (1e6, 0))
+        weight = rng.normal(size=2 * size)
+        where = rng.random(shape) < 0.7 if masked else None
+        if where is not None:
+            where[:, :2, 0] = True  # something of each group
+        of = [0, 1] * size if groups == "labels" else groups
+        expected = oracle.backward(dy, x, of, weight, where=where)
+        a, b, mask = (
+            np.ascontiguousarray(np.moveaxis(v, 1, -1)) if last and v is not None else v for v in (x, dy, where)
+        )
+        options: dict[str, Any] = {"where": mask, "channel_axis": -1 if last else 1}
+        _, mean, rstd = cugn.group_norm_forward(a, of, weight, **options)
+        for given in ({}, {"mean": mean, "rstd": rstd}):
+            dweight = cugn.group_norm_backward(b, a, of, weight, **given, **options).dweight
+            bound = 8 * 2.0**-40 * (expected.dweight_terms + expected.dbias_terms)
+            assert (np.abs(dweight - expected.dweight) <= bound).all(), (shape, sorted(given))
 
 
 @pytest.mark.rare(when=lambda dtype: is_rare(dtype, masks=True))

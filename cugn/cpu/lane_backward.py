@@ -145,10 +145,11 @@ def backward_block(x: str, y: str, compute: str, activation: str | None, labelle
         there = first_lanes(count)
         for g in range(word(geometry, w.GROUPS)):
             first, size = channels_of(geometry, g)
-            if exact or masked or not given:
+            if exact or masked or not given or word(geometry, w.WEIGHT_KIND) == 1:
                 mean, rest, m2, values, scale = moments(geometry, g, turned, mask, eps)
                 if given:
-                    # of the mean alone one float64 is not enough, or it may be that of other elements than a mask keeps
+                    # of the mean alone one float64 is not enough (nor for a dweight in float64), or it may be that of
+                    # other elements than a mask keeps
                     root = _load64(rstds + 8 * LANES * g) / scale
                 else:
                     root = root_of(m2, values, scale, eps)

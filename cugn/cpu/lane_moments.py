@@ -10,7 +10,7 @@ from .adders import adder
 from .compile import inner
 from .convert import itemsize, loader, mask_loader, to_compute
 from .labelled import group_sums
-from .simd import LANES, both, fma, less, power_below, select, splat, vector_sqrt, widen
+from .simd import LANES, both, fma, less, power_below, rounding, select, splat, vector_sqrt, widen
 from .statistics import exponent, power_of_two
 
 _load_mask, _ = mask_loader()
@@ -106,7 +106,8 @@ def group_moments(real: str, labelled: bool, masked: bool) -> Any:
         m2 = select(less(m2, zero), zero, m2)
         if exact:
             return reference, offset, m2, count, scale
-        return reference + offset, zero, m2, count, scale
+        mean = reference + offset
+        return mean, rounding(reference, offset, mean), m2, count, scale
 
     return moments
 
@@ -145,6 +146,6 @@ def elements(real: str) -> Any:
     def x_hat(address: int, mean: Any, rest: Any, root: Any, scale: Any) -> Any:
         if exact:
             return (fma(load(address), scale, splat(0.0) - mean) - rest) * root
-        return (widen(load(address)) - mean) * root
+        return fma(widen(load(address)) - mean, root, splat(0.0) - rest * root)
 
     return x_hat
