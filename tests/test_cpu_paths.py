@@ -11,6 +11,8 @@ import pytest
 from libraries import FLOATS, dtype_of, threads
 
 import cugn
+from cugn import engines
+from cugn.cpu import geometry
 
 FACTOR = {"float16": 4, "bfloat16": 4, "float32": 4, "float64": 8}
 TABLES = [(64, 256, 32), (5, 30, 5), (7, 30, 30), (3, 1000, 1), (100, 513, 3), (300, 96, 2), (2, 4099, 1)]
@@ -150,3 +152,57 @@ def test_a_second_caller_does_not_wait_for_helpers() -> None:
             assert cugn.group_norm(x, 8).tobytes() == expected.tobytes()
         finally:
             pool._pool.memory[claimed] = 0
+
+
+class Guarded:
+    """An uninitialized array so many bytes after the start of a cache line, between bytes that have to stay."""
+
+    def __init__(self, like: np.ndarray, offset: int) -> None:
+        self.memory = np.full(like.nbytes + 256, 77, np.uint8)
+        start = -self.memory.ctypes.data % 64 + 64 + offset
+        self.array = self.memory[start : start + like.nbytes].view(like.dtype).reshape(like.shape)
+        self.around = np.r_[0:start, start + like.nbytes : len(self.memory)]
+
+    def is_safe(self) -> bool:
+        return bool((self.memory[self.around] == 77).all())
+
+
+@pytest.mark.rare(when=lambda dtype, options: dtype in ("bfloat16", "float64") and options in ("relu", "labels"))
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("form", ["first", "last", "table"])
+@pytest.mark.parametrize("options", ["plain", "far", "mask", "relu", "labels"])
+@pytest.mark.parametrize("size", [32, 144, 160, 300])
+def test_large_arrays(size: int, options: str, form: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done otherwise for large ones, streaming past the cache and rows one by one, is the same to the bit."""
+    rng = np.random.default_rng(0)
+    kind = dtype_of(dtype)
+    shape = {"first": (2, 4, 1024 + size), "last": (2, 40, size), "table": (40, size)}[form]
+    axis = -1 if form == "last" else 1
+    channels = shape[axis]
+    x, u, dy = ((rng.normal(size=shape) + (20 if options == "far" else 0)).astype(kind) for _ in range(3))
+    weight, bias = rng.normal(size=(2, channels)).astype(kind)
+    where = rng.random(shape) < 0.7 if options == "mask" else None
+    groups: Any = np.arange(channels) % 2 if options == "labels" else 2
+    arguments = (x, groups, weight, bias)
+    keywords: dict[str, Any] = {"channel_axis": axis, "where": where}
+
+    def results(offset: int) -> list[bytes]:
+        engines._resolve.cache_clear()  # plans know how their calls are done
+        y, dx, ty = outputs = [Guarded(x, offset) for _ in range(3)]
+        active = {**keywords, "activation": "relu" if options == "relu" else None}
+        cugn.group_norm(*arguments, out=y.array, **active)
+        grads = cugn.group_norm_backward(dy, *arguments, out=dx.array, **active)
+        cugn.group_norm_jvp(u, *arguments, out=ty.array, **active)
+        second = cugn.group_norm_double_backward(u, dy, *arguments, **active)
+        assert all(output.is_safe() for output in outputs)
+        moments = cugn.moments(x, groups, **keywords)
+        return [np.ascontiguousarray(a).tobytes() for a in (y.array, ty.array, *grads, *moments, *second)]
+
+    usual = results(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(geometry, "TOUCHED_FROM", 0)
+        assert results(16) == usual
+        patch.setattr(geometry, "STREAM_FROM", 0)
+        for offset in (0, 2, 16, 30, 34, 48, 62) if kind.itemsize == 2 else (0, 8, 16, 56):
+            assert results(offset) == usual, offset
+    engines._resolve.cache_clear()

@@ -10,12 +10,11 @@ from functools import cache
 from typing import Any
 
 from .activate import activation_kernels
-from .apply import HEAD_FROM
+from .apply import HEAD_FROM, rows_together
 from .compile import inner
-from .convert import itemsize, loader, mask_loader, storer, to_compute
+from .convert import LINE, itemsize, line_elements, loader, mask_loader, storer, to_compute
 from .simd import LANES, fma, select
 
-_ROWS = 4
 _ALIGN_FROM = 256
 
 
@@ -30,11 +29,10 @@ def apply_kernels(x: str, v: str, y: str, compute: str, activation: str | None, 
     slope = activation_kernels(compute, activation)[1]
     active = activation is not None
     double = compute == "float64"
-    relu = activation == "relu" and not double  # t is for z, which has to be that of the sums to the bit
     lanes = to_compute(compute)
     x_size, v_size, y_size = itemsize(x), itemsize(v), itemsize(y)
     c_size = 4 if compute == "float32" else 8
-    alignment = min(64, LANES * y_size)
+    line = line_elements(y)
 
     @inner
     def gradient(xv: Any, v: Any, pm: int, p: Any, h: Any, m: Any, a: Any, b: Any, c: Any, shift: Any, q: Any) -> Any:
@@ -67,23 +65,27 @@ def apply_kernels(x: str, v: str, y: str, compute: str, activation: str | None, 
         a = lanes(scale)
         s = lanes(shift)
         if count >= _ALIGN_FROM:
-            head = (-py & (alignment - 1)) // y_size
-            if head > 0:
-                v = gradient_part(load_x_part(px, head), load_v_part(pv, head), pm, head, p, h, m, a, b, c, s, q)
-                store_part(py, v, head)
-                px += head * x_size
-                pv += head * v_size
-                pm += head
-                py += head * y_size
-                count -= head
-            if stream and py & (alignment - 1) == 0:
-                while count >= LANES:
-                    store_stream(py, gradient(load_x(px), load_v(pv), pm, p, h, m, a, b, c, s, q))
-                    px += LANES * x_size
-                    pv += LANES * v_size
-                    pm += LANES
-                    py += LANES * y_size
-                    count -= LANES
+            head = (-py & (LINE - 1)) // y_size
+            while head > 0:
+                here = min(head, LANES)
+                v = gradient_part(load_x_part(px, here), load_v_part(pv, here), pm, here, p, h, m, a, b, c, s, q)
+                store_part(py, v, here)
+                px += here * x_size
+                pv += here * v_size
+                pm += here
+                py += here * y_size
+                count -= here
+                head -= here
+            if stream and py & (LINE - 1) == 0:
+                while count >= line:
+                    for j in range(0, line, LANES):
+                        xr, vr = load_x(px + j * x_size), load_v(pv + j * v_size)
+                        store_stream(py + j * y_size, gradient(xr, vr, pm + j, p, h, m, a, b, c, s, q))
+                    px += line * x_size
+                    pv += line * v_size
+                    pm += line
+                    py += line * y_size
+                    count -= line
         while count >= LANES:
             store(py, gradient(load_x(px), load_v(pv), pm, p, h, m, a, b, c, s, q))
             px += LANES * x_size
@@ -101,7 +103,7 @@ def apply_kernels(x: str, v: str, y: str, compute: str, activation: str | None, 
         coefficients: int, each: int, stream: bool, head: int,
     ) -> None:  # fmt: skip
         left = cols
-        width = head
+        unstreamed = (cols - head) % line if stream else cols
         while left > 0:
             p = load_c(coefficients)
             h = load_c(coefficients + each)
@@ -111,15 +113,14 @@ def apply_kernels(x: str, v: str, y: str, compute: str, activation: str | None, 
             b = load_c(coefficients + 5 * each)
             c = load_c(coefficients + 6 * each)
             q = load_c(coefficients + 7 * each) if double else p
-            if width == 0:
-                width = min(left, LANES)
-            if width < LANES:
+            width = min(left, LANES) if head == 0 else min(head, LANES)
+            if width < LANES or head > 0:
                 for r in range(rows):
                     xr = load_x_part(px + r * x_step, width)
                     v = load_v_part(pv + r * v_step, width)
                     v = gradient_part(xr, v, pm + r * m_step, width, p, h, m, a, b, c, s, q)
                     store_part(py + r * y_step, v, width)
-            elif stream:
+            elif left > unstreamed:
                 for r in range(rows):
                     xr = load_x(px + r * x_step)
                     v = gradient(xr, load_v(pv + r * v_step), pm + r * m_step, p, h, m, a, b, c, s, q)
@@ -135,11 +136,11 @@ def apply_kernels(x: str, v: str, y: str, compute: str, activation: str | None, 
             pm += width
             py += width * y_size
             left -= width
-            width = 0
+            head = max(head - LANES, 0)
 
     @inner
     def folded_gradient(px: int, pv: int, pm: int, left: int, coefficients: int, each: int) -> Any:
-        # A*dz + B*x + C, or with t under relu; of the first `left` lanes where that is less than a vector
+        # A*dz + B*x + C, of the first `left` lanes where that is less than a vector
         a = load_c(coefficients + 3 * each)
         b = load_c(coefficients + 5 * each)
         c = load_c(coefficients + 6 * each)
@@ -149,39 +150,36 @@ def apply_kernels(x: str, v: str, y: str, compute: str, activation: str | None, 
         else:
             xv = load_x_part(px, left)
             v = load_v_part(pv, left)
-        power = load_c(coefficients)
-        if relu:
-            xv = fma(xv, power, load_c(coefficients + each)) + load_c(coefficients + 2 * each)
         if active:
             v = slope(v, fma(xv, a, load_c(coefficients + 4 * each)))
         rest = fma(b, xv, c)
         if masked:
             kept = load_mask(pm) if left >= LANES else load_mask_part(pm, left)
             rest = select(kept, rest, lanes(0.0))
-        rest = fma(a, v, rest)
-        return rest * power if relu else rest
+        return fma(a, v, rest)
 
     @inner
     def folded_row(
         px: int, pv: int, pm: int, py: int, cols: int, coefficients: int, each: int, stream: bool, head: int
     ) -> None:
-        if head > 0:
-            store_part(py, folded_gradient(px, pv, pm, head, coefficients, each), head)
-            px += head * x_size
-            pv += head * v_size
-            pm += head
-            py += head * y_size
-            coefficients += head * c_size
-            cols -= head
+        while head > 0:
+            here = min(head, LANES)
+            store_part(py, folded_gradient(px, pv, pm, here, coefficients, each), here)
+            px += here * x_size
+            pv += here * v_size
+            pm += here
+            py += here * y_size
+            coefficients += here * c_size
+            cols -= here
+            head -= here
         whole = cols // LANES * LANES
-        if stream:
-            for j in range(0, whole, LANES):
-                v = folded_gradient(px + j * x_size, pv + j * v_size, pm + j, LANES, coefficients + j * c_size, each)
-                store_stream(py + j * y_size, v)
-        else:
-            for j in range(0, whole, LANES):
-                v = folded_gradient(px + j * x_size, pv + j * v_size, pm + j, LANES, coefficients + j * c_size, each)
-                store(py + j * y_size, v)
+        streamed = cols // line * line if stream else 0
+        for j in range(0, streamed, LANES):
+            v = folded_gradient(px + j * x_size, pv + j * v_size, pm + j, LANES, coefficients + j * c_size, each)
+            store_stream(py + j * y_size, v)
+        for j in range(streamed, whole, LANES):
+            v = folded_gradient(px + j * x_size, pv + j * v_size, pm + j, LANES, coefficients + j * c_size, each)
+            store(py + j * y_size, v)
         left = cols - whole
         if left > 0:
             j = whole
@@ -191,24 +189,23 @@ def apply_kernels(x: str, v: str, y: str, compute: str, activation: str | None, 
     @inner
     def rows_kernel(
         px: int, x_step: int, pv: int, v_step: int, pm: int, m_step: int, py: int, y_step: int, rows: int, cols: int,
-        coefficients: int, each: int, stream: bool, folded: bool,
+        coefficients: int, each: int, stream: bool, folded: bool, touched: int,
     ) -> None:  # fmt: skip
         head = 0  # as in the forward's apply
-        if stream and cols >= HEAD_FROM and y_step & (alignment - 1) == 0:
-            head = (-py & (alignment - 1)) // y_size
-        streams = stream and ((py + head * y_size) | y_step) & (alignment - 1) == 0
-        # relu's coefficients are not folded: without streaming a row at a time takes 0.78 of four rows' time
-        # ((2, 320, 64, 64) channels-last, AVX-512), with streaming 1.2
-        if folded or (relu and not streams):
+        if stream and cols >= HEAD_FROM and y_step & (LINE - 1) == 0:
+            head = (-py & (LINE - 1)) // y_size
+        streams = stream and ((py + head * y_size) | y_step) & (LINE - 1) == 0
+        if folded:
             for r in range(rows):
                 folded_row(
                     px + r * x_step, pv + r * v_step, pm + r * m_step, py + r * y_step, cols, coefficients, each,
                     streams, head,
                 )  # fmt: skip
             return
+        together = rows_together(streams or touched == 0, (7 + double) * cols * c_size)
         done = 0
         while done < rows:
-            here = min(_ROWS, rows - done)
+            here = min(together, rows - done)
             some_rows(
                 px + done * x_step, x_step, pv + done * v_step, v_step, pm + done * m_step, m_step,
                 py + done * y_step, y_step, here, cols, coefficients, each, streams, head,

@@ -94,7 +94,7 @@ def sums_chunk(
             expand(geometry, call, 2 * task, task, channel0, channels, records, scratch, arrays, False)
             coefficients = scratch + word(geometry, w.COEFFICIENTS_AT)
             each = word(geometry, w.COEFFICIENT_BYTES)
-            columns(pv, v_step, px, x_step, rows, cols, own, each64, coefficients, each)
+            columns(pv, v_step, px, x_step, rows, cols, own, each64, coefficients, each, word(geometry, w.TOUCHED))
             for k in range(SUMS if double else SUMS - 1):
                 sums = own + k * each64
                 lost = sums + SUMS * each64
@@ -266,7 +266,10 @@ def dx_chunk(
             each = word(geometry, w.COEFFICIENT_BYTES)
             cols = channels * length
             folded = load_i64(call, w.CALL_FOLDED) != 0
-            rows_kernel(px, x_step, pv, v_step, pm, m_step, py, y_step, rows, cols, coefficients, each, stream, folded)
+            touched = word(geometry, w.TOUCHED)
+            rows_kernel(
+                px, x_step, pv, v_step, pm, m_step, py, y_step, rows, cols, coefficients, each, stream, folded, touched
+            )  # fmt: skip
         else:
             weight = scratch + word(geometry, w.WEIGHT_AT)
             bias = scratch + word(geometry, w.BIAS_AT)

@@ -20,7 +20,8 @@ from typing import Any
 from .compile import general, inner
 from .convert import loader, storer
 from .memory import bits_float, float_bits, load_f64, store_f64
-from .simd import LANES, first_lanes, fma, less, reduce_add, reduce_max, rounding, select, splat, widen
+from .simd import LANES, first_lanes, fma, less, reduce_add, reduce_max, rounding, select, splat, vector_abs, widen
+from .touch import touch_rows
 from .words import PARTIAL_BYTES
 
 BLOCK = {"float32": 4096, "float64": 2048}
@@ -105,6 +106,17 @@ def add_to(total: int, lost: int, term: Any) -> None:
     moved = before + term
     _store64(lost, _load64(lost) + rounding(before, term, moved))
     _store64(total, moved)
+
+
+@inner
+def about(shift: Any, s: Any, square: Any, n: Any) -> Any:
+    """Mean in two parts and m2 from the sums of d = x - shift and of d*d."""
+    offset = s / n
+    high = shift + offset
+    kept = high - shift
+    low = (shift - (high - kept)) + (offset - kept)
+    m2 = square - s * offset
+    return high, low, select(less(m2, splat(0.0)), splat(0.0), m2)  # in this order a NaN stays one
 
 
 @cache
@@ -268,7 +280,7 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
     @inner
     def add_columns(
         p: int, rows: int, row_bytes: int, cols: int, factor: Any, shifts: int, sums: int, squares: int, lost: int,
-        plain: bool,
+        plain: bool, touched: int,
     ) -> None:  # fmt: skip
         # sums of d = x - shift (plain: of x) and of d*d, column by column
         padded = (cols + LANES - 1) // LANES * LANES
@@ -277,6 +289,7 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
         while done < rows:
             here = min(_ROWS, rows - done)
             q = p + done * row_bytes
+            touch_rows(q, row_bytes, here, cols * itemsize, touched)
             left = cols
             j = 0
             while left > 0:
@@ -309,12 +322,37 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
             done += here
 
     @inner
-    def column_moments(shifts: int, sums: int, squares: int, lost: int, rows: int, cols: int) -> bool:
-        # mean in two parts (shifts, sums) and m2 (squares) of each column; whether the shifts were good enough
-        padded = (cols + LANES - 1) // LANES * LANES
+    def once_more(p: int, rows: int, row_bytes: int, left: int, factor: Any, shift: Any) -> Any:
+        # the same two sums of 16 columns, or of what is left of a row
         zero = splat(0.0)
+        minus = zero - shift
+        sums = zero
+        squares = zero
+        lost = zero
+        squares_lost = zero
+        for done in range(0, rows, _ROWS):
+            s = zero
+            square = zero
+            for r in range(done, min(done + _ROWS, rows)):
+                d = fma(lanes_at(p + r * row_bytes, left), factor, minus)
+                s += d
+                square = fma(d, d, square)
+            moved = sums + s
+            lost += rounding(sums, s, moved)
+            sums = moved
+            moved = squares + square
+            squares_lost += rounding(squares, square, moved)
+            squares = moved
+        return sums + lost, squares + squares_lost
+
+    @inner
+    def column_moments(
+        p: int, rows: int, row_bytes: int, cols: int, factor: Any, shifts: int, sums: int, squares: int, lost: int
+    ) -> None:
+        # mean in two parts (shifts, sums) and m2 (squares) of each column; about the mean that was found where too much
+        # cancelled, which depends on the column alone
+        padded = (cols + LANES - 1) // LANES * LANES
         n = splat(float(rows))
-        cancelled = zero
         for j in range(0, cols, LANES):
             shift = _load64(shifts + 8 * j)
             s = _load64(sums + 8 * j)
@@ -322,17 +360,31 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
             if double:
                 s += _load64(lost + 8 * j)
                 square += _load64(lost + 8 * (padded + j))
-            offset = s / n
-            high = shift + offset
-            kept = high - shift
-            low = (shift - (high - kept)) + (offset - kept)
-            m2 = square - s * offset
-            m2 = select(less(m2, zero), zero, m2)  # in this order a NaN stays one
-            cancelled = select(less(m2 * splat(2.0 if double else PLAIN), square), splat(1.0), cancelled)
+            high, low, m2 = about(shift, s, square, n)
+            cancelled = less(m2 * splat(2.0 if double else PLAIN), square)
+            if reduce_max(select(cancelled, splat(1.0), splat(0.0))) != 0.0:
+                s, square = once_more(p + j * itemsize, rows, row_bytes, cols - j, factor, high)
+                mean, rest, square = about(high, s, square, n)
+                high = select(cancelled, mean, high)
+                low = select(cancelled, rest, low)
+                m2 = select(cancelled, square, m2)
             _store64(shifts + 8 * j, high)
             _store64(sums + 8 * j, low)
             _store64(squares + 8 * j, m2)
-        return reduce_max(cancelled) == 0.0
+
+    @inner
+    def first_shift(p: int, rows: int, row_bytes: int, left: int, factor: Any) -> Any:
+        # the mean of 16 columns' first rows; in float32 0 where sums about zero lose too little to care
+        s = splat(0.0)
+        square = s
+        for r in range(min(rows, _ROWS)):
+            x = lanes_at(p + r * row_bytes, left)
+            s = fma(x, factor, s)
+            square = fma(x, x, square)
+        mean = s / splat(float(min(rows, _ROWS)))
+        if double:
+            return mean
+        return select(less((square - s * mean) * splat(PLAIN), square), mean, splat(0.0))
 
     @inner
     def clear(where: int, cols: int) -> None:
@@ -340,7 +392,7 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
             _store64(where + 8 * j, splat(0.0))
 
     @inner
-    def columns(p: int, rows: int, row_bytes: int, cols: int, scale: float, scratch: int) -> None:
+    def columns(p: int, rows: int, row_bytes: int, cols: int, scale: float, scratch: int, touched: int) -> None:
         # scratch: three float64 arrays of `padded` columns (five in float64), then mean, its low part and m2 of each
         padded = (cols + LANES - 1) // LANES * LANES
         shifts = scratch
@@ -348,27 +400,16 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
         squares = sums + 8 * padded
         lost = squares + 8 * padded  # of the sums, then of the squares: float64 only
         factor = splat(scale)
-        good = False
-        tried = not double  # a second time about the means that the first one found
-        if not double:
-            clear(scratch, 3 * padded)
-            add_columns(p, rows, row_bytes, cols, factor, shifts, sums, squares, lost, True)
-            good = column_moments(shifts, sums, squares, lost, rows, cols)
-            if not good:
-                for j in range(0, cols, LANES):
-                    _store64(shifts + 8 * j, lanes_at(p + j * itemsize, cols - j))
+        clear(scratch, (5 if double else 3) * padded)
+        # if the first columns need no shift, others that do are taken once more
+        shift = first_shift(p, rows, row_bytes, cols, factor)
+        if not double and reduce_max(vector_abs(shift)) == 0.0:
+            add_columns(p, rows, row_bytes, cols, factor, shifts, sums, squares, lost, True, touched)
         else:
-            head = min(rows, _ROWS)
             for j in range(0, cols, LANES):
-                total = splat(0.0)
-                for r in range(head):
-                    total = fma(lanes_at(p + r * row_bytes + j * itemsize, cols - j), factor, total)
-                _store64(shifts + 8 * j, total / splat(float(head)))
-        while not good:
-            clear(sums, (4 if double else 2) * padded)
-            add_columns(p, rows, row_bytes, cols, factor, shifts, sums, squares, lost, False)
-            good = column_moments(shifts, sums, squares, lost, rows, cols) or tried
-            tried = True
+                _store64(shifts + 8 * j, first_shift(p + j * itemsize, rows, row_bytes, cols - j, factor))
+            add_columns(p, rows, row_bytes, cols, factor, shifts, sums, squares, lost, False, touched)
+        column_moments(p, rows, row_bytes, cols, factor, shifts, sums, squares, lost)
 
     return rect, columns
 

@@ -38,7 +38,8 @@ def apply_chunk(x: str, y: str, compute: str, activation: str | None, by_rows: b
             coefficients = scratch + word(geometry, w.COEFFICIENTS_AT)
             each = word(geometry, w.COEFFICIENT_BYTES)
             folded = load_i64(call, w.CALL_FOLDED) != 0
-            rows_kernel(px, x_step, py, y_step, rows, channels * length, coefficients, each, stream, folded)
+            cols, touched = channels * length, word(geometry, w.TOUCHED)
+            rows_kernel(px, x_step, py, y_step, rows, cols, coefficients, each, stream, folded, touched)
         else:
             weight = scratch + word(geometry, w.WEIGHT_AT)
             bias = scratch + word(geometry, w.BIAS_AT)

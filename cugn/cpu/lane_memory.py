@@ -9,7 +9,7 @@ from . import words as w
 from .access import array_word, word
 from .chunks import Place, sample_at
 from .compile import inner
-from .convert import itemsize, loader, storer
+from .convert import LINE, itemsize, loader, storer
 from .mask_memory import copy_mask, open_mask
 from .memory import load_f64, load_i64, store_f64, store_i64
 from .simd import LANES, fill_bytes
@@ -69,7 +69,6 @@ def writer(dtype: str, real: str) -> Any:
     store, store_part, store_stream = storer(dtype, real)
     transpose = transpose_doubles if real == "float64" else transpose_floats
     size, line, same = itemsize(dtype), LANES * itemsize(real), dtype == real
-    alignment = min(64, LANES * size)
 
     @inner
     def write(geometry: int, call: int, array: int, n0: int, count: int, source: int, scratch: int) -> None:
@@ -77,7 +76,7 @@ def writer(dtype: str, real: str) -> Any:
         rows = tile + LANES * line
         step = place_rows(geometry, array, load_i64(call, array), n0, count, rows)
         channels = word(geometry, w.C)
-        stream = word(geometry, w.STREAM) != 0
+        stream = LANES * size >= LINE and word(geometry, w.STREAM) != 0  # whole lines alone
         for c in range(0, channels, LANES):
             left = channels - c
             if same:  # noqa: SIM102 - known when the kernel is compiled
@@ -90,7 +89,7 @@ def writer(dtype: str, real: str) -> Any:
                 value = load(tile + r * line)
                 if left < LANES:
                     store_part(p, value, left)
-                elif stream and p & (alignment - 1) == 0:
+                elif stream and p & (LINE - 1) == 0:
                     store_stream(p, value)
                 else:
                     store(p, value)

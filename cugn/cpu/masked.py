@@ -32,6 +32,7 @@ from .simd import (
     widen,
     without,
 )
+from .touch import touch_rows
 from .words import PARTIAL_BYTES
 
 _ROWS = 8
@@ -271,8 +272,10 @@ def masked_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any, A
 
     @inner
     def mean_columns(
-        p: int, rows: int, row_bytes: int, pm: int, m_step: int, cols: int, factor: Any, counts: int, shifts: int
-    ) -> None:
+        p: int, rows: int, row_bytes: int, pm: int, m_step: int, cols: int, factor: Any, counts: int, shifts: int,
+        touched: int,
+    ) -> None:  # fmt: skip
+        touch_rows(p, row_bytes, rows, cols * itemsize, touched * rows)  # a chunk stays in L2
         for j in range(0, cols, LANES):
             total = splat(0.0)
             for r in range(rows):
@@ -282,7 +285,9 @@ def masked_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any, A
             _store64(shifts + 8 * j, total / vector_max(_load64(counts + 8 * j), splat(1.0)))
 
     @inner
-    def columns(p: int, rows: int, row_bytes: int, pm: int, m_step: int, cols: int, scale: float, scratch: int) -> None:
+    def columns(
+        p: int, rows: int, row_bytes: int, pm: int, m_step: int, cols: int, scale: float, scratch: int, touched: int
+    ) -> None:
         # scratch: float64 arrays of shift (then mean), sum (then its low part), square, count; what the sums lost
         padded = 8 * ((cols + LANES - 1) // LANES * LANES)
         shifts = scratch
@@ -294,7 +299,7 @@ def masked_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any, A
         zero = splat(0.0)
         count_columns(pm, m_step, rows, cols, counts)
         if double:
-            mean_columns(p, rows, row_bytes, pm, m_step, cols, factor, counts, shifts)
+            mean_columns(p, rows, row_bytes, pm, m_step, cols, factor, counts, shifts, touched)
         else:
             shift_columns(p, rows, row_bytes, pm, m_step, cols, shifts)
         for j in range(0, cols, LANES):
@@ -305,6 +310,7 @@ def masked_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any, A
                 _store64(lost + padded + 8 * j, zero)
         for r0 in range(0, rows, _ROWS):
             here = min(_ROWS, rows - r0)
+            touch_rows(p + r0 * row_bytes, row_bytes, here, cols * itemsize, touched)
             q = p + r0 * row_bytes
             qm = pm + r0 * m_step
             left = cols

@@ -166,9 +166,9 @@ def statistics(
             if word(geometry, w.BY_COLUMNS) != 0:
                 each = 8 * ((cols + LANES - 1) // LANES * LANES)
                 if masked:
-                    masked_columns(p, rows, step, pm, m_step, cols, 1.0, blocks)
+                    masked_columns(p, rows, step, pm, m_step, cols, 1.0, blocks, word(geometry, w.TOUCHED))
                 else:
-                    columns(p, rows, step, cols, 1.0, blocks)
+                    columns(p, rows, step, cols, 1.0, blocks, word(geometry, w.TOUCHED))
                 if labelled and of_segment == 1:
                     keep_columns(geometry, blocks, each, float(rows), channels, partials, place.layer, channel0)
                     return

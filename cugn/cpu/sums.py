@@ -19,6 +19,7 @@ from .compile import inner
 from .convert import itemsize, loader, storer, to_compute
 from .memory import store_f64
 from .simd import LANES, equal, first_lanes, fma, folded_sums, reduce_add, rounding, select, splat, store_folded, widen
+from .touch import touch_rows
 from .words import FOLDED_SUM, SUMS
 
 _ROWS = 4
@@ -326,7 +327,7 @@ def sum_kernels(v: str, x: str, compute: str, activation: str | None, keeps: boo
     @inner
     def columns(
         pv: int, v_step: int, px: int, x_step: int, rows: int, cols: int, own: int, each64: int, coefficients: int,
-        each: int,
+        each: int, touched: int,
     ) -> None:  # fmt: skip
         for k in range(2 * SUMS if double else 2):
             for j in range(0, cols, LANES):
@@ -336,6 +337,8 @@ def sum_kernels(v: str, x: str, compute: str, activation: str | None, keeps: boo
             here = min(_ROWS, rows - done)
             pv_here = pv + done * v_step
             px_here = px + done * x_step
+            touch_rows(pv_here, v_step, here, cols * v_size, touched // 2)
+            touch_rows(px_here, x_step, here, cols * x_size, touched // 2)
             if here == _ROWS:
                 some_columns(pv_here, v_step, px_here, x_step, _ROWS, cols, own, each64, coefficients, each)
             else:

@@ -19,7 +19,7 @@ from .apply import HEAD_FROM
 from .block_moments import add_to
 from .chunks import sample_at
 from .compile import inner
-from .convert import itemsize, loader, storer, to_compute
+from .convert import LINE, itemsize, line_elements, loader, storer, to_compute
 from .memory import bits_float, load_f64, load_i64, store_f64, store_i64
 from .simd import LANES, first_lanes, fma, reduce_add, rounding, select, splat, widen
 from .statistics import pair, record_writer
@@ -61,7 +61,7 @@ def apply_sample(x: str, y: str, compute: str, activation: str | None) -> Any:
     lanes = to_compute(compute)
     x_size, y_size = itemsize(x), itemsize(y)
     c_size = 8 if compute == "float64" else 4
-    alignment = min(64, LANES * y_size)
+    line = line_elements(y)
 
     @inner
     def apply(px: int, py: int, size: int, weight: int, bias: int, record: int, stream: bool) -> None:
@@ -72,15 +72,19 @@ def apply_sample(x: str, y: str, compute: str, activation: str | None) -> Any:
         j = 0
         if stream:
             if size >= HEAD_FROM:  # a head makes all other stores whole lines
-                j = (-py & (alignment - 1)) // y_size
-                if j > 0:
-                    t = fma(load_x_part(px, j), p, h) + m
-                    store_part(py, act(fma(t, load_c(weight) * ratio, load_c(bias))), j)
-            stream = (py + j * y_size) & (alignment - 1) == 0
+                head = (-py & (LINE - 1)) // y_size
+                while j < head:
+                    here = min(head - j, LANES)
+                    t = fma(load_x_part(px + j * x_size, here), p, h) + m
+                    value = act(fma(t, load_c(weight + j * c_size) * ratio, load_c(bias + j * c_size)))
+                    store_part(py + j * y_size, value, here)
+                    j += here
+            stream = (py + j * y_size) & (LINE - 1) == 0
+        streamed = j + (size - j) // line * line if stream else 0
         while j <= size - LANES:
             t = fma(load_x(px + j * x_size), p, h) + m
             value = act(fma(t, load_c(weight + j * c_size) * ratio, load_c(bias + j * c_size)))
-            if stream:
+            if j < streamed:
                 store_stream(py + j * y_size, value)
             else:
                 store(py + j * y_size, value)

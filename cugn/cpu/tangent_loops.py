@@ -24,11 +24,12 @@ from numba.extending import intrinsic
 from . import words as w
 from .activate import derivative_kernel
 from .compile import inner
-from .convert import COMPUTE, itemsize, loader, storer, to_compute
+from .convert import COMPUTE, LINE, itemsize, loader, storer, to_compute
 from .mask_memory import mask_at
 from .memory import I64, load_f64, pointer, store_f64
 from .phases import GATES
 from .simd import F64, LANES, first_lanes, fma, reduce_add, select, splat, vector_of, widen
+from .touch import touch_rows
 
 _ALIGN_FROM = 256
 _ROWS = 4  # rows taken together: coefficients or accumulators are loaded once for four of data
@@ -293,17 +294,23 @@ def product_sums(x: str, y: str, compute: str, activation: str | None, second: b
     @inner
     def columns(
         px: int, x_step: int, pu: int, u_step: int, pv: int, v_step: int, pm: int, m_step: int, rows: int, cols: int,
-        own: int, each64: int, coefficients: int, each: int,
+        own: int, each64: int, coefficients: int, each: int, touched: int,
     ) -> None:  # fmt: skip
         zero = splat(0.0)
+        arrays = 2 + second
         for k in range(2 * count):
             for j in range(0, cols, LANES):
                 _store64(own + k * each64 + 8 * j, zero)
         done = 0
         while done < rows:
+            here = min(_ROWS, rows - done)
+            touch_rows(px + done * x_step, x_step, here, cols * x_size, touched // arrays)
+            touch_rows(pu + done * u_step, u_step, here, cols * y_size, touched // arrays)
+            if second:
+                touch_rows(pv + done * v_step, v_step, here, cols * y_size, touched // arrays)
             some_columns(
                 px + done * x_step, x_step, pu + done * u_step, u_step, pv + done * v_step, v_step,
-                pm + done * m_step, m_step, min(_ROWS, rows - done), cols, own, each64, coefficients, each,
+                pm + done * m_step, m_step, here, cols, own, each64, coefficients, each,
             )  # fmt: skip
             done += _ROWS
 
@@ -368,7 +375,6 @@ def apply_kernels(
     lanes = to_compute(compute)
     x_size, y_size = itemsize(x), itemsize(y)
     c_size = 4 if compute == "float32" else 8
-    alignment = min(64, LANES * y_size)
 
     @inner
     def splats_first(record: int, a: float, s: float, d: float, e: float) -> Any:
@@ -424,19 +430,16 @@ def apply_kernels(
         streams = False
         head = 0
         if count >= _ALIGN_FROM:
-            head = (-py & (alignment - 1)) // y_size
-            streams = stream and ((py + head * y_size) | (pg + head * y_size)) & (alignment - 1) == 0
+            head = (-py & (LINE - 1)) // y_size
+            streams = stream and ((py + head * y_size) | (pg + head * y_size)) & (LINE - 1) == 0
         left = count
         while left > 0:
-            here = LANES
-            if head > 0:
-                here = head
-            here = min(here, left)
-            if here == LANES:
+            here = min(left if head == 0 else head, LANES)
+            if here == LANES and head == 0:
                 whole(px, pu, pv, pm, py, pg, streams, c)
             else:
                 part(px, pu, pv, pm, py, pg, here, c)
-            head = 0
+            head = max(head - LANES, 0)
             px += here * x_size
             pu += here * y_size
             pv += here * y_size
@@ -450,7 +453,7 @@ def apply_kernels(
         px: int, x_step: int, pu: int, u_step: int, pv: int, v_step: int, pm: int, m_step: int,
         py: int, y_step: int, pg: int, g_step: int, rows: int, cols: int, coefficients: int, each: int, stream: bool,
     ) -> None:  # fmt: skip
-        streams = stream and (py | y_step | pg | g_step) & (alignment - 1) == 0
+        streams = stream and (py | y_step | pg | g_step) & (LINE - 1) == 0
         done = 0
         while done < rows:
             j = 0

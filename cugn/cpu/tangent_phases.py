@@ -108,7 +108,10 @@ def sums_chunk(x: str, y: str, compute: str, activation: str | None, by_rows: bo
             expand(geometry, call, 2 * task, task, channel0, channels, store, scratch, 5 if active else 3, False)
             coefficients = scratch + word(geometry, w.COEFFICIENTS_AT)
             each = word(geometry, w.COEFFICIENT_BYTES)
-            columns(px, x_step, pu, u_step, pv, v_step, pm, m_step, rows, cols, own, each64, coefficients, each)
+            columns(
+                px, x_step, pu, u_step, pv, v_step, pm, m_step, rows, cols, own, each64, coefficients, each,
+                word(geometry, w.TOUCHED),
+            )  # fmt: skip
             for k in range(count):
                 for c in range(channels):
                     total = 0.0

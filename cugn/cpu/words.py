@@ -50,7 +50,9 @@ SAMPLES, LANE_STATISTICS_AT, TURNED_AT, TURNED_BYTES, TURNED_MASK_AT = range(
 )
 # a participant's room for dz of a whole task, or 0
 KEPT_AT = TURNED_MASK_AT + 1
-PHASES = KEPT_AT + 1
+# bytes of rows that are touched in the order of memory before a kernel goes over them column by column; 0 in cache
+TOUCHED = KEPT_AT + 1
+PHASES = TOUCHED + 1
 MOST_PHASES = 3
 RUN = PHASES + 1
 FINISH = RUN + MOST_PHASES
