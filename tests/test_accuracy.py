@@ -627,6 +627,25 @@ def test_gradients_where_a_mask_keeps_one_element_at(row: list[float], activatio
         check_gradients(grads, expected, "float64", f"{sign}, channels {'last' if last else 'first'}")
 
 
+@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("form", ["table", "volume", "channels last"])
+def test_infinite_rstd(form: str, dtype: str, activation: str | None) -> None:
+    """Of a group of which a mask keeps one element, with eps = 0: what is left out is infinite, what is kept NaN."""
+    x, where = np.array([[1.5, -2.0, 1.0]]).astype(dtype), np.array([[False, False, True]])
+    dy = np.array([[1.0, 2.0, -1.0]]).astype(dtype)
+    groups: Any = [0, 0, 0] if form == "table" else 1
+    if form != "table":
+        x, where, dy = (a.reshape(1, 1, 3) if form == "volume" else a.reshape(1, 3, 1) for a in (x, where, dy))
+    options: dict[str, Any] = {"eps": 0.0, "where": where, "channel_axis": -1 if form == "channels last" else 1}
+    options["activation"] = activation
+    y = cugn.group_norm(x, groups, **options)
+    np.testing.assert_array_equal(y.ravel(), [np.inf, 0 if activation else -np.inf, np.nan])
+    dx = cugn.group_norm_backward(dy, x, groups, **options).dx
+    np.testing.assert_array_equal(y, oracle.forward(x, groups, **options).y.astype(np.float64))
+    np.testing.assert_array_equal(dx, oracle.backward(dy, x, groups, **options).dx.astype(np.float64))
+
+
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("form", ["table", "strided table", "volume", "channels last"])

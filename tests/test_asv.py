@@ -100,3 +100,15 @@ def test_features_prints_a_table(capsys, monkeypatch):
     assert len(rows) == 4  # two layouts, two passes
     assert all(float(cell) > 0 for row in rows for cell in row[4:-1])
     assert "Above 1.5 (labels, masks) or 1.25 (relu, silu):" in printed
+
+
+def test_row_order_prints_a_table(capsys):
+    import row_order
+
+    usual = row_order.geometry.TOUCHED_FROM
+    row_order.main(["--quick", "--rounds", "1"])
+    assert usual == row_order.geometry.TOUCHED_FROM
+    row = capsys.readouterr().out.splitlines()[-1].split("|")
+    assert row[1:4] == [" 1 × 4 × 4 × 64 ", " float32 ", " 0.0 "]
+    assert len(row) == 9
+    assert all(float(cell) > 0 for cell in row[4:-1])

@@ -146,6 +146,6 @@ def elements(real: str) -> Any:
     def x_hat(address: int, mean: Any, rest: Any, root: Any, scale: Any) -> Any:
         if exact:
             return (fma(load(address), scale, splat(0.0) - mean) - rest) * root
-        return fma(widen(load(address)) - mean, root, splat(0.0) - rest * root)
+        return (widen(load(address)) - mean - rest) * root
 
     return x_hat

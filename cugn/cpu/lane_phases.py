@@ -102,6 +102,7 @@ def forward_block(x: str, y: str, compute: str, activation: str | None, labelled
     read, write = reader(x, real), writer(y, real)
     moments, root_of = group_moments(real, labelled, masked), inverse_deviation(real)
     apply = group_results(x, y, compute, activation, labelled)
+    exact = real == "float64"
 
     @inner
     def block(geometry: int, call: int, task: int, chunk: int, store_at: int, scratch: int) -> None:
@@ -120,7 +121,8 @@ def forward_block(x: str, y: str, compute: str, activation: str | None, labelled
             root = root_of(m2, values, scale, eps)
             _store64(means + 8 * LANES * g, (mean + rest) / scale)
             _store64(rstds + 8 * LANES * g, root * scale)
-            apply(geometry, g, turned, scratch, mean, rest, root, scale)
+            # the mean's second part is nothing in a y of float32
+            apply(geometry, g, turned, scratch, mean, rest if exact else splat(0.0), root, scale)
         move_statistics(geometry, call, n0, count, means, rstds, False)
         write(geometry, call, _OUT, n0, count, turned, scratch)
 
