@@ -6,7 +6,28 @@ from functools import cache
 from typing import Any
 
 from .compile import inner
-from .simd import fma, from_units, in_units, no_units, product_in_units, rounding, splat
+from .convert import loader, storer
+from .simd import fma, rounding, splat
+from .units import from_units, in_units, no_units, product_in_units
+
+_load64, _ = loader("float64", "float64")
+_store64, _, _ = storer("float64", "float64")
+
+
+@inner
+def add_kept(total: Any, lost: Any, term: Any) -> Any:
+    """One term more, and what that loses of the sum."""
+    moved = total + term
+    return moved, lost + rounding(total, term, moved)
+
+
+@inner
+def add_to(total: int, lost: int, term: Any) -> None:
+    """Add a vector to one in memory, what the sum loses to another."""
+    before = _load64(total)
+    moved = before + term
+    _store64(lost, _load64(lost) + rounding(before, term, moved))
+    _store64(total, moved)
 
 
 @cache
@@ -14,7 +35,7 @@ def adder(exact: bool, ordered: bool = True) -> tuple[Any, Any, Any]:
     """begin() -> a sum of nothing; add(state, a, b, large): a*b more; total(state, terms, large).
 
     `exact`: with what the additions lose. Not `ordered`: the same bits in any order of the terms. Each is then rounded
-    to the last digit of `large` (`simd.in_units`), and what that leaves, if it counts, to its last but 52.
+    to the last digit of `large` (`units.in_units`), and what that leaves, if it counts, to its last but 52.
     """
     if ordered:
 
@@ -26,9 +47,7 @@ def adder(exact: bool, ordered: bool = True) -> tuple[Any, Any, Any]:
         def add(state: Any, a: Any, b: Any, large: Any) -> Any:
             total, lost = state
             if exact:
-                term = a * b
-                moved = total + term
-                return moved, lost + rounding(total, term, moved)
+                return add_kept(total, lost, a * b)
             return fma(a, b, total), lost
 
         @inner

@@ -202,7 +202,7 @@ def apply_kernels(x: str, v: str, y: str, compute: str, activation: str | None, 
                     streams, head,
                 )  # fmt: skip
             return
-        together = rows_together(streams or touched == 0, (7 + double) * cols * c_size)
+        together = rows_together(streams, touched, (7 + double) * cols * c_size)
         done = 0
         while done < rows:
             here = min(together, rows - done)

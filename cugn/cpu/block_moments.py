@@ -17,6 +17,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from .adders import add_kept, add_to
 from .compile import general, inner
 from .convert import loader, storer
 from .memory import bits_float, float_bits, load_f64, store_f64
@@ -100,23 +101,12 @@ def merge(parts: int, count: int, step: int, out: int) -> None:
 
 
 @inner
-def add_to(total: int, lost: int, term: Any) -> None:
-    """Add a vector to one in memory, what the sum loses to another."""
-    before = _load64(total)
-    moved = before + term
-    _store64(lost, _load64(lost) + rounding(before, term, moved))
-    _store64(total, moved)
-
-
-@inner
 def about(shift: Any, s: Any, square: Any, n: Any) -> Any:
     """Mean in two parts and m2 from the sums of d = x - shift and of d*d."""
     offset = s / n
     high = shift + offset
-    kept = high - shift
-    low = (shift - (high - kept)) + (offset - kept)
     m2 = square - s * offset
-    return high, low, select(less(m2, splat(0.0)), splat(0.0), m2)  # in this order a NaN stays one
+    return high, rounding(shift, offset, high), select(less(m2, splat(0.0)), splat(0.0), m2)  # so that a NaN stays one
 
 
 @cache
@@ -219,13 +209,9 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
                     # values of one magnitude (two-valued images) round the same way again and again: 16u in 64 steps
                     steps = 0
                     part = sum0 + sum1
-                    moved = total_sum + part
-                    lost_sum += rounding(total_sum, part, moved)
-                    total_sum = moved
+                    total_sum, lost_sum = add_kept(total_sum, lost_sum, part)
                     part = square0 + square1
-                    moved = total_square + part
-                    lost_square += rounding(total_square, part, moved)
-                    total_square = moved
+                    total_square, lost_square = add_kept(total_square, lost_square, part)
                     sum0 = zero
                     sum1 = zero
                     square0 = zero
@@ -337,12 +323,8 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
                 d = fma(lanes_at(p + r * row_bytes, left), factor, minus)
                 s += d
                 square = fma(d, d, square)
-            moved = sums + s
-            lost += rounding(sums, s, moved)
-            sums = moved
-            moved = squares + square
-            squares_lost += rounding(squares, square, moved)
-            squares = moved
+            sums, lost = add_kept(sums, lost, s)
+            squares, squares_lost = add_kept(squares, squares_lost, square)
         return sums + lost, squares + squares_lost
 
     @inner

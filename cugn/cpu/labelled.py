@@ -11,6 +11,7 @@ from typing import Any
 
 from . import words as w
 from .access import word
+from .adders import add_kept
 from .compile import inner
 from .convert import loader, storer
 from .exact import exact_sum, merge_arrays
@@ -113,9 +114,7 @@ def merge_layers(parts: int, layers: int, padded: int, channels: int, out: int) 
             n = _load64(at)
             d = (_load64(at + padded) - reference) + _load64(at + 2 * padded)
             term = select(less(zero, n), n * d, zero)
-            moved = offset + term
-            lost += rounding(offset, term, moved)
-            offset = moved
+            offset, lost = add_kept(offset, lost, term)
         offset = select(less(zero, total), (offset + lost) / total, zero)
         high = reference + offset
         low = rounding(reference, offset, high)
@@ -126,9 +125,7 @@ def merge_layers(parts: int, layers: int, padded: int, channels: int, out: int) 
             n = _load64(at)
             d = (_load64(at + padded) - high) + (_load64(at + 2 * padded) - low)
             term = select(less(zero, n), fma(n * d, d, _load64(at + 3 * padded)), zero)
-            moved = m2 + term
-            lost += rounding(m2, term, moved)
-            m2 = moved
+            m2, lost = add_kept(m2, lost, term)
         _store64(out + c, total)
         _store64(out + padded + c, high)
         _store64(out + 2 * padded + c, low)

@@ -8,8 +8,7 @@ from typing import Any
 from . import words as w
 from .access import word
 from .activate import activation_kernels
-from .adders import adder
-from .block_moments import add_to
+from .adders import add_to, adder
 from .compile import inner
 from .convert import itemsize, loader, mask_loader, storer
 from .labelled import group_sums

@@ -6,7 +6,8 @@ import math
 from functools import cache
 from typing import Any
 
-from .block_moments import BLOCK, add_to, merge, store_partial, two_sum_error
+from .adders import add_kept, add_to
+from .block_moments import BLOCK, about, merge, store_partial, two_sum_error
 from .compile import inner
 from .convert import loader, storer, to_compute
 from .exact import array_at
@@ -25,7 +26,6 @@ from .simd import (
     no_bytes,
     reduce_add,
     reduce_max,
-    rounding,
     select,
     splat,
     vector_max,
@@ -70,17 +70,14 @@ def count_columns(pm: int, m_step: int, rows: int, cols: int, out: int) -> None:
 def finish_columns(scratch: int, cols: int) -> None:
     """Shift, sum and square of each column into its mean in two parts and m2; the counts are the fourth array."""
     padded = 8 * ((cols + LANES - 1) // LANES * LANES)
-    zero = splat(0.0)
     for j in range(scratch, scratch + 8 * cols, 8 * LANES):
         shift = _load64(j)
         s = _load64(j + padded)
         n = _load64(j + 3 * padded)
-        offset = select(less(zero, n), s / n, zero)
-        high = shift + offset
-        _store64(j + padded, rounding(shift, offset, high))
-        m2 = _load64(j + 2 * padded) - s * offset
-        _store64(j + 2 * padded, select(less(m2, zero), zero, m2))  # in this order a NaN stays one
+        high, low, m2 = about(shift, s, _load64(j + 2 * padded), vector_max(n, splat(1.0)))  # s is 0 where n is
         _store64(j, high)
+        _store64(j + padded, low)
+        _store64(j + 2 * padded, m2)
 
 
 @inner
@@ -214,12 +211,8 @@ def masked_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any, A
                     steps += 1
                     if steps == _STEPS:
                         steps = 0
-                        moved = kept_total + total
-                        lost_total += rounding(kept_total, total, moved)
-                        kept_total = moved
-                        moved = kept_square + square
-                        lost_square += rounding(kept_square, square, moved)
-                        kept_square = moved
+                        kept_total, lost_total = add_kept(kept_total, lost_total, total)
+                        kept_square, lost_square = add_kept(kept_square, lost_square, square)
                         total = zero
                         square = zero
         if count == 0:
@@ -421,9 +414,7 @@ def kept_sums(x: str, compute: str, itemsize: int) -> tuple[Any, Any]:
                 steps += 1
                 if steps == _STEPS:
                     steps = 0
-                    moved = kept + total
-                    lost += rounding(kept, total, moved)
-                    kept = moved
+                    kept, lost = add_kept(kept, lost, total)
                     total = splat(0.0)
         store_f64(out + 2 * stride, 0, reduce_add((total + lost) + kept))
 

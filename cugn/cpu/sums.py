@@ -14,11 +14,11 @@ from functools import cache
 from typing import Any
 
 from .activate import activation_kernels
-from .block_moments import add_to
+from .adders import add_kept, add_to
 from .compile import inner
 from .convert import itemsize, loader, storer, to_compute
 from .memory import store_f64
-from .simd import LANES, equal, first_lanes, fma, folded_sums, reduce_add, rounding, select, splat, store_folded, widen
+from .simd import LANES, equal, first_lanes, fma, folded_sums, reduce_add, select, splat, store_folded, widen
 from .touch import touch_rows
 from .words import FOLDED_SUM, SUMS
 
@@ -222,16 +222,10 @@ def sum_kernels(v: str, x: str, compute: str, activation: str | None, keeps: boo
                 if steps >= _STEPS:
                     steps = 0
                     part = sum_v0 + sum_v1
-                    moved = totals + part
-                    totals_lost += rounding(totals, part, moved)
-                    totals = moved
+                    totals, totals_lost = add_kept(totals, totals_lost, part)
                     part = sum_vt0 + sum_vt1
-                    moved = totals_vt + part
-                    totals_vt_lost += rounding(totals_vt, part, moved)
-                    totals_vt = moved
-                    moved = totals_t + sum_t
-                    totals_t_lost += rounding(totals_t, sum_t, moved)
-                    totals_t = moved
+                    totals_vt, totals_vt_lost = add_kept(totals_vt, totals_vt_lost, part)
+                    totals_t, totals_t_lost = add_kept(totals_t, totals_t_lost, sum_t)
                     sum_v0 = zero
                     sum_v1 = zero
                     sum_vt0 = zero

@@ -14,9 +14,8 @@ from typing import Any
 from . import words as w
 from .access import word
 from .activate import activation_kernels
-from .adders import adder
+from .adders import add_kept, add_to, adder
 from .apply import HEAD_FROM
-from .block_moments import add_to
 from .chunks import sample_at
 from .compile import inner
 from .convert import LINE, itemsize, line_elements, loader, storer, to_compute
@@ -171,9 +170,7 @@ def backward_sample(x: str, y: str, compute: str, activation: str | None) -> Any
         for j in range(0, size, LANES):
             t = widen(fma(element_x(px, j, size - j), p, h) + m)
             t = select(first_lanes(min(size - j, LANES)), t, zero)
-            moved = total + t
-            lost += rounding(total, t, moved)
-            total = moved
+            total, lost = add_kept(total, lost, t)
         mean_t = (reduce_add(total) + reduce_add(lost)) / size
         store_f64(record, w.MINUS_LOW, load_f64(record, w.MINUS_LOW) - mean_t)
 

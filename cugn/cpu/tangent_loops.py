@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 from . import words as w
 from .activate import derivative_kernel
 from .compile import inner
-from .convert import COMPUTE, LINE, itemsize, loader, storer, to_compute
+from .convert import COMPUTE, LINE, itemsize, line_elements, loader, storer, to_compute
 from .mask_memory import mask_at
 from .memory import I64, load_f64, pointer, store_f64
 from .phases import GATES
@@ -375,6 +375,7 @@ def apply_kernels(
     lanes = to_compute(compute)
     x_size, y_size = itemsize(x), itemsize(y)
     c_size = 4 if compute == "float32" else 8
+    line = line_elements(y)
 
     @inner
     def splats_first(record: int, a: float, s: float, d: float, e: float) -> Any:
@@ -432,11 +433,12 @@ def apply_kernels(
         if count >= _ALIGN_FROM:
             head = (-py & (LINE - 1)) // y_size
             streams = stream and ((py + head * y_size) | (pg + head * y_size)) & (LINE - 1) == 0
+        unstreamed = (count - head) % line if streams else count
         left = count
         while left > 0:
             here = min(left if head == 0 else head, LANES)
             if here == LANES and head == 0:
-                whole(px, pu, pv, pm, py, pg, streams, c)
+                whole(px, pu, pv, pm, py, pg, left > unstreamed, c)
             else:
                 part(px, pu, pv, pm, py, pg, here, c)
             head = max(head - LANES, 0)
