@@ -191,10 +191,16 @@ def gpu_times_part() -> str:
             "",
             timing.table(measured),
             "",
+            *(_gpu_features(timing.features_table(measured)) if "features" in measured else ()),
             measured.get("notes", ""),
             "",
         ]
     )
+
+
+def _gpu_features(table: str) -> tuple[str, ...]:
+    title = "Labels, masks and activations, float32: forward / backward in times of the plain call, with cold caches, too."
+    return (title, "", table, "")
 
 
 def gpu_figure(rows: list[dict[str, Any]], path: Path, device: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import cache, lru_cache
+from itertools import product
 from typing import Any
 
 import ml_dtypes
@@ -278,6 +279,44 @@ def tangent_in_a_unit() -> None:
 
 LABELS = [0, 1, 0, 2, 2, 2, 1, 0, 2, 2, 2, 2]
 
+
+def order_of_channels() -> None:
+    """Of tables by labels: y, the mean and dx go along with the channels, to the bit."""
+    x, dy, weight, bias = inputs((7, 48, 1), "float32", 3.0, 2.0)
+    x = x * np.exp(np.arange(48, dtype=np.float32) / 4)[:, None]
+    labels = np.array(LABELS * 4)
+    found = []
+    for of in (np.arange(48), np.random.default_rng(0).permutation(48)):
+        with emulated(seed=6):
+            X, DY, W, B = (host_cupy.to_device(a) for a in (x[:, of], dy[:, of], weight[of], bias[of]))
+            y, mean, _ = cugn.group_norm_forward(X, labels[of].tolist(), W, B)
+            dx = cugn.group_norm_backward(DY, X, labels[of].tolist(), W, B).dx
+            y, mean, dx = map(host_cupy.to_host, (y, mean, dx))
+        found.append([y[:, np.argsort(of)].tobytes(), mean.tobytes(), dx[:, np.argsort(of)].tobytes()])
+    assert found[0] == found[1]
+
+
+def masks_of_other_strides() -> None:
+    """A mask of positions, for all channels; one that begins off a word; one whose elements lie apart."""
+    parts: list[Callable[[Any, int], Any]] = [
+        lambda mask, size: mask[:, :1, :size],
+        lambda mask, size: mask[:, :, 1 : size + 1],
+        lambda mask, size: mask[:, :, ::2],
+    ]
+    for part, size, last in product(parts, (24, 35), (False, True)):
+        x, _, weight, bias = inputs((3, 8, size), "float32", 3.0, 2.0)
+        where = np.random.default_rng(4).random((3, 8, 2 * size)) < 0.6
+        wanted = oracle.forward(x, 4, weight, bias, where=part(where, size))
+        turn = (lambda a: np.moveaxis(a, 1, -1)) if last else (lambda a: a)
+        back = (lambda a: np.moveaxis(a, -1, 1)) if last else (lambda a: a)
+        with emulated(seed=8):
+            mask = host_cupy.to_device(np.ascontiguousarray(turn(where)))
+            X, W, B = (host_cupy.to_device(a) for a in (np.ascontiguousarray(turn(x)), weight, bias))
+            mask = turn(part(back(mask), size))
+            y = cugn.group_norm(X, 4, W, B, channel_axis=-1 if last else 1, where=mask)
+            check_y(back(host_cupy.to_host(y)), wanted, "float32", "a mask of other strides")
+
+
 CHECKS: dict[str, Callable[[], Any]] = {
     # four samples a block; 41 is a divisor whose float32 inverse is too small
     "first": lambda: call((9, 24, 41), 3),
@@ -329,6 +368,17 @@ CHECKS: dict[str, Callable[[], Any]] = {
         call((1, 330, 37), 3, masked=True, last=True),
     ),
     "labels": lambda: call((2, 12, 35), LABELS, small=True),
+    "tables by labels": lambda: (
+        call((70, 48, 1), LABELS * 4),
+        call((7, 48, 1), LABELS * 4, masked=True),
+        call((7, 12, 1), LABELS, dtype="float64", mean=1e12, std=1.0),
+    ),
+    "backward, tables by labels": lambda: (
+        call((40, 48, 1), LABELS * 4, backward=True, activation="silu"),
+        call((7, 48, 1), LABELS * 4, dtype="float64", backward=True, masked=True),
+    ),
+    "order of channels": order_of_channels,
+    "masks of other strides": masks_of_other_strides,
     "silu": lambda: call((2, 6, 35), 3, activation="silu"),
     "backward": lambda: call((40, 24, 41), 3, backward=True),
     "backward last": lambda: call((2, 24, 37), 8, backward=True, last=True),
@@ -358,7 +408,10 @@ CHECKS: dict[str, Callable[[], Any]] = {
         call((2, 3, 14000), 3, backward=True, small=True),
     ),
     "backward split last": lambda: call((1, 24, 1201), 2, backward=True, small=True, last=True),
-    "backward masked": lambda: call((2, 6, 35), 3, backward=True, masked=True),
+    "backward masked": lambda: (
+        call((2, 6, 35), 3, backward=True, masked=True),
+        call((2, 6, 57), 1, backward=True, masked=True, shift=1),
+    ),
     "backward labels": lambda: (
         call((2, 12, 35), LABELS, backward=True, small=True, passes=3),
         call((1, 3, 40001), [0, 1, 0], backward=True, small=True, passes=3),
@@ -468,8 +521,8 @@ mutant(
     "a mask at offsets of 32 bits",
     "box.cuh",
     "struct Mask",
-    "where[(box.n0 + n) * sn",
-    "where[(int)((box.n0 + n) * sn)",
+    "from + n * sn",
+    "from + (int)(n * sn)",
     "far apart",
 )
 mutant(
@@ -521,7 +574,7 @@ mutant(
     "if (false) {",
     "misaligned",
 )
-mutant("the mask of channel zero", "box.cuh", "struct Mask", "(box.c0 + c) * sc", "c * sc", "masked last")
+mutant("the mask of channel zero", "box.cuh", "struct Mask", "+ box.c0 * sc", "", "masked last")
 mutant(
     "the mask forgets its row",
     "box.cuh",
@@ -661,17 +714,22 @@ mutant(
     "total.b",
     "far from zero",
 )
-mutant("masked elements enter the mean", "moments.cuh", "Moments moments_of", "if (!used) v[j] = 0;", "", "masked")
+mutant("masked elements enter the mean", "moments.cuh", "Moments moments_of", "if (!used[j]) v[j] = 0;", "", "masked")
 mutant(
     "masked elements enter the variance",
     "moments.cuh",
     "Moments moments_of",
-    "const real d = mask.at(n, r, q0 + i + j) ?",
+    "const real d = used[j] ?",
     "const real d = true ?",
     "masked",
 )
 mutant(
-    "masked elements are counted", "moments.cuh", "Moments moments_of", "run_count += used", "run_count += 1", "masked"
+    "masked elements are counted",
+    "moments.cuh",
+    "Moments moments_of",
+    "run_count += used[j]",
+    "run_count += 1",
+    "masked",
 )
 mutant(
     "no way out of float32's range",
@@ -820,8 +878,8 @@ mutant(
     "statistics of the first sample",
     "forward.cu",
     "    forward(BOX_PARAMETERS",
-    "(box.n0 + n) * (C / D)",
-    "n * (C / D)",
+    "(box.n0 + n) * G",
+    "n * G",
     "first",
 )
 mutant(
@@ -836,8 +894,8 @@ mutant(
     "blocks of 64 threads are the bound",
     "box.cuh",
     "#define FORWARD_BOUNDS",
-    "__launch_bounds__(512, 1)",
-    "__launch_bounds__(64, 1)",
+    "LABELLED ? 256 : 512",
+    "64",
     "first",
 )
 mutant("no barrier before moments", "forward.cu", "    moments(BOX_PARAMETERS", "__syncthreads();", "", "split")
@@ -953,7 +1011,7 @@ mutant(
 mutant(
     "statistics before all moments are there",
     "backward.cu",
-    "if (MASKED) work.counts[u] = m.count;",
+    "if (MASKED || LABELLED) work.counts[u] = m.count;",
     "__syncthreads();",
     "",
     "backward",
@@ -986,8 +1044,8 @@ mutant(
     "single elements of the wrong group",
     "backward.cu",
     "struct SumsOfChannels",
-    "n * box.groups + by_group.quotient(c)",
-    "by_group.quotient(c)",
+    "grouping.unit(n, c)",
+    "grouping.of(c)",
     "backward, one element a channel",
 )
 mutant(
@@ -1010,7 +1068,7 @@ mutant(
     "statistics that were given are ignored",
     "backward.cu",
     "    backward(BOX_PARAMETERS",
-    "rstd_given[(box.n0 + n) * G + box.g0 + (u - n * box.groups)] / m.unit",
+    "rstd_given[(box.n0 + n) * G + box.g0 + (u - n * grouping.groups)] / m.unit",
     "m.rstd(eps)",
     "backward, statistics given",
 )
@@ -1098,7 +1156,7 @@ mutant(
     "backward labels",
 )
 mutant("no barrier before rows are added", "backward.cu", "void add_rows", "__syncthreads();", "", "backward")
-mutant("a row in eight is left out", "backward.cu", "void add_rows", "other < parts", "other < parts - 1", "backward")
+mutant("a row in two is left out", "backward.cu", "void add_rows", "half = parts / 2", "half = parts / 4", "backward")
 mutant("rows overlap", "backward.cu", "void add_rows", "r += parts", "r += parts - 1", "backward")
 mutant(
     "channels that are not there",
@@ -1106,7 +1164,7 @@ mutant(
     "void add_rows",
     "if (part == 0 && c < C)",
     "if (part == 0)",
-    "backward",
+    "backward, one element a channel",
 )
 
 mutant(
@@ -1428,7 +1486,7 @@ mutant(
     "all channels of a vector are in one group",
     "box.cuh",
     "bool apply_in_lines(",
-    "one_group = one_group && op.unit(0, next.c) == op.unit(0, c)",
+    "one_group = one_group && group_of[k] == group_of[0]",
     "one_group = true",
     "tables",
 )
@@ -1476,8 +1534,8 @@ mutant(
 mutant(
     "rstd is never in need of squares",
     "backward.cu",
-    "    backward(BOX_PARAMETERS",
-    "given > 0x1p-48 && given < 0x1p+48",
+    "bool usual_rstd(",
+    "rstd > 0x1p-48 && rstd < 0x1p+48",
     "true",
     "backward",
 )
@@ -1709,8 +1767,8 @@ mutant(
     "columns side by side are in one group",
     "backward.cu",
     "void by_columns()",
-    "group_of(n, c + k);",
-    "group_of(n, c);",
+    "grouping.unit(n, c + k);",
+    "grouping.unit(n, c);",
     "backward last",
 )
 mutant(
@@ -1757,8 +1815,8 @@ mutant(
     "groups of the first sample",
     "box.cuh",
     "bool apply_in_lines(",
-    "group = op.group(op.unit(place.n, c));",
-    "group = op.group(op.unit(0, c));",
+    "of_sample = place.n * op.grouping.groups",
+    "of_sample = 0",
     "tables",
 )
 mutant(
@@ -2004,6 +2062,121 @@ mutant(
 
 
 # ---------------------------------------------------------------- running them
+mutant(
+    "all channels have one label", "box.cuh", "struct Grouping", "return labels[c];", "return 0;", "tables by labels"
+)
+mutant(
+    "channels are not in the order of labels",
+    "box.cuh",
+    "struct Grouping",
+    "return order[bounds[g] + k];",
+    "return bounds[g] + k;",
+    "tables by labels",
+)
+mutant(
+    "room for one label group",
+    "forward.cu",
+    "    forward(BOX_PARAMETERS",
+    "samples * (LABELLED ? G : max(1, channels / D))",
+    "samples * max(1, channels / D)",
+    "tables by labels",
+)
+mutant(
+    "label sums in the order of the channels",
+    "box.cuh",
+    "struct AnyOrder",
+    "cut = (v + first) - first",
+    "cut = v",
+    "order of channels",
+)
+mutant(
+    "label sums are cut once",
+    "box.cuh",
+    "struct AnyOrder",
+    "sums.b += (rest + second) - second;",
+    "",
+    "tables by labels",
+)
+mutant(
+    "masked elements enter the moments of a label",
+    "moments.cuh",
+    "Moments moments_of_label(",
+    "if (!used(c)) continue;\n    const double d",
+    "const double d",
+    "tables by labels",
+)
+mutant(
+    "a label's mean is rounded",
+    "moments.cuh",
+    "Moments moments_of_label(",
+    "two_sum(centre, left / m.count, m.mean, m.low);",
+    "m.mean = centre, m.low = 0;",
+    "tables by labels",
+)
+mutant(
+    "masked elements of a label are counted",
+    "moments.cuh",
+    "Moments moments_of_label(",
+    "m.count = MASKED ? team_sum(elements, team, scratch) : channels;",
+    "m.count = channels;",
+    "tables by labels",
+)
+mutant(
+    "weights are left out of the sums of a label",
+    "backward.cu",
+    "    backward(BOX_PARAMETERS",
+    "return Pair{w * one[0].a, w * one[0].b};",
+    "return one[0];",
+    "backward, tables by labels",
+)
+mutant(
+    "channels of a vector have the label of the first",
+    "backward.cu",
+    "struct SumsOfChannels",
+    "if constexpr (LABELLED && K > 1)",
+    "if constexpr (false)",
+    "backward, tables by labels",
+)
+mutant(
+    "words of a mask that begin anywhere",
+    "box.cuh",
+    "struct Mask",
+    "(step == 1 && aligned)",
+    "step == 1",
+    "masks of other strides",
+)
+mutant(
+    "a mask of positions is one of channels",
+    "box.cuh",
+    "struct Mask",
+    "*p * 0x01010101u",
+    "*p",
+    "masks of other strides",
+)
+mutant(
+    "words across the rows of a mask",
+    "box.cuh",
+    "struct Mask",
+    "columns || box.ncol == 1",
+    "true",
+    "masks of other strides",
+)
+mutant(
+    "several elements of a mask at once, anywhere",
+    "box.cuh",
+    "struct Mask",
+    "aligned || at % K == 0",
+    "true",
+    "backward masked",
+)
+mutant(
+    "a mask's last words",
+    "box.cuh",
+    "struct Mask",
+    "if (e < count) reinterpret",
+    "if (e + 1 < count) reinterpret",
+    "masked",
+)
 
 
 def verdict(one: Mutant) -> mutants.Verdict:
@@ -2029,6 +2202,7 @@ def verdict(one: Mutant) -> mutants.Verdict:
 
 
 COMMAND = (sys.executable, __file__, "--work")
+
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--work"]:

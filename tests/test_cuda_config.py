@@ -44,7 +44,7 @@ def problem(N: int, S: int, C: int, G: int, itemsize: int = 4, last: bool = Fals
         "tangent": False,
         "arrays": 1,
         "masked": False,
-        "activation": False,
+        "heavy": False,
         "contiguous_rows": True,
         "contiguous_samples": True,
         "aligned_rows": C * inner * itemsize % 32 == 0,

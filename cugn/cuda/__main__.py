@@ -126,7 +126,7 @@ def problem_of(N: int, C: int, S: int, G: int, last: bool, dtype: str, arrays: i
         tangent=False,
         arrays=arrays,
         masked=False,
-        activation=False,
+        heavy=False,
         contiguous_rows=True,
         contiguous_samples=True,
         aligned_rows=C * inner * itemsize % config.SECTOR == 0,

@@ -22,12 +22,12 @@ OF_ELEMENTS = frozenset({"x_dtype", "y_dtype", "activation", "vector_channels", 
 GRADIENT = OF_ELEMENTS | {"masked", "tangent"}
 
 KERNELS: dict[str, tuple[str, frozenset[str]]] = {
-    "forward": ("forward", OF_ELEMENTS | {"masked"}),
+    "forward": ("forward", OF_ELEMENTS | {"masked", "labelled"}),
     "moments": ("forward", frozenset({"x_dtype", "masked", "double"})),
     "merge_moments": ("forward", frozenset({"double"})),
     "merge_labels": ("forward", frozenset({"double"})),
     "apply_statistics": ("forward", OF_ELEMENTS),
-    "backward": ("backward", GRADIENT | {"single"}),
+    "backward": ("backward", GRADIENT | {"single", "labelled"}),
     "backward_sums": ("backward", GRADIENT - {"y_dtype", "vector_channels"}),
     "merge_backward": ("backward", frozenset({"tangent", "double"})),
     "backward_apply": ("backward", GRADIENT),
@@ -59,6 +59,8 @@ class Specialisation(NamedTuple):
     """Channels that an aligned 16-byte vector of the output lies in at most: 1, 2, or 16 for any number."""
     single: bool = False
     """Whether a channel of a sample has one element."""
+    labelled: bool = False
+    """Whether groups are labels, of channels of one element: a box then holds whole samples."""
     tangent: bool = False
     """Whether weight and bias have tangents: the jvp."""
     double: bool = False
@@ -96,6 +98,7 @@ def options(specialisation: Specialisation) -> tuple[str, ...]:
         f"-DMASKED={int(s.masked)}",
         f"-DVECTOR_CHANNELS={s.vector_channels}",
         f"-DSINGLE={int(s.single)}",
+        f"-DLABELLED={int(s.labelled)}",
         f"-DTANGENT={int(s.tangent)}",
     )
 
@@ -103,10 +106,10 @@ def options(specialisation: Specialisation) -> tuple[str, ...]:
 def specialisations() -> list[Specialisation]:
     """Every module that the engine can build."""
     pairs = [(x, x) for x in FLOATS] + [(x, y) for x in INTEGERS for y in FLOATS]
-    vectors = ((1, False), (2, False), (16, False), (16, True))
+    vectors = ((1, False, False), (2, False, False), (16, False, False), (16, True, False), (16, True, True))
     flags = list(product(pairs, ACTIVATIONS, (False, True), vectors, (False, True), (False, True)))
     found: dict[Specialisation, None] = {}
-    for (kernel, (file, _)), ((x, y), activation, masked, (channels, single), tangent, double) in product(
+    for (kernel, (file, _)), ((x, y), activation, masked, (channels, single, labelled), tangent, double) in product(
         KERNELS.items(), flags
     ):
         if file in ("backward", "double_backward") and x != y:
@@ -114,7 +117,8 @@ def specialisations() -> list[Specialisation]:
         if not double and (file == "double_backward" or "float64" in (x, y)):
             continue
         given: dict[str, Any] = {"x_dtype": x, "y_dtype": y, "activation": activation, "masked": masked}
-        given |= {"vector_channels": channels, "single": single, "tangent": tangent, "double": double}
+        given |= {"vector_channels": channels, "single": single, "labelled": labelled}
+        given |= {"tangent": tangent, "double": double}
         found[Specialisation.of(kernel, **given)] = None
     return list(found)
 

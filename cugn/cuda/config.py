@@ -76,7 +76,7 @@ APPLY_ROWS = 2
 up to 16 a channel, are read less often. N = 1, C = 128, S = 512 * 512 still makes more than 264 boxes."""
 
 MOST_THREADS = 512
-"""Threads of the forward, and of the plain backward, at most, as in their launch bounds: 128 registers each."""
+"""Threads at most of the forward, and of the backward in float32, as in their launch bounds: 128 registers each."""
 
 USUAL_THREADS = 256
 """Threads of all other kernels, and of these where more than one block fits: one loads while the other sums."""
@@ -89,7 +89,7 @@ LEAST_TEAM = 4
 a power of two apart, four or more of them in a bank."""
 
 LABEL_THREADS = 128
-"""Threads that merge the channels of one labelled group."""
+"""Threads that merge the channels of one labelled group, or that are a block of the teams that do."""
 
 PLANES = 12
 """Values of a group that the kernels of a split group hand on: as `Plane` in the kernels."""
@@ -131,8 +131,8 @@ class Problem:
     arrays: int
     """Arrays of a box that are held in shared memory: x, or x and dy; in the double backward ddx, too."""
     masked: bool
-    activation: bool
-    """Whether there is one."""
+    heavy: bool
+    """Whether there is an activation, and vectors, that take registers: with a second derivative, of a 16-bit type."""
     contiguous_rows: bool
     """Whether consecutive rows of all arrays follow each other in memory (so == C * inner)."""
     contiguous_samples: bool
@@ -141,6 +141,8 @@ class Problem:
     """Whether rows and samples of all arrays are whole sectors apart."""
     aligned: bool
     """Whether all arrays begin at a multiple of 16 bytes: it decides where a box lies in shared memory, no more."""
+    labels: int = 0
+    """Label groups that a box of whole samples holds, D = C; 0 where groups are neighbours."""
 
     @property
     def G(self) -> int:
@@ -331,19 +333,26 @@ def _box(p: Problem, samples: int, rows: int, channels: int, columns: int) -> Bo
         pitch += p.vector
     parts_of_channels = -(-p.D // channels)
     row_tiles, column_tiles = -(-p.outer // rows), -(-p.inner // columns)
-    groups = max(1, channels // p.D)
+    parts = row_tiles * column_tiles * parts_of_channels
     elements = samples * rows * width
     alone = elements * p.arrays * p.itemsize >= ONE_BLOCK_BYTES
     most = MOST_THREADS if alone and _has_many_threads(p) else USUAL_THREADS
     if p.single and p.arrays == 2 and not alone:
         most = SINGLE_THREADS
-    threads = min(most, max(32, _power_of_two(elements // p.vector // 4)))
-    units, parts = samples * groups, row_tiles * column_tiles * parts_of_channels
-    group_chunks = max(1, rows * width // groups // p.vector)
+    load = 1 if p.labels else p.vector
+    threads = min(most, max(32, _power_of_two(elements // load // 4)))
+    sample_tiles = -(-p.N // samples)
+    channel_tiles = -(-p.C // channels) if channels >= p.D else p.G * parts_of_channels
+    if p.outer == parts == 1 and sample_tiles * channel_tiles < ENOUGH_BLOCKS:
+        # the fewer blocks there are, the more it counts when each ends; the teams, and so the sums, stay what they are
+        threads = max(threads, min(USUAL_THREADS, _power_of_two(elements // load)))
+    groups = p.labels or max(1, channels // p.D)
+    units = samples * groups
+    group_chunks = max(1, rows * width // groups // load)
     channel_chunks = max(1, rows * columns // (p.vector if columns % p.vector == 0 else 1))
     if p.outer == 1 and parts == 1:  # by the sizes of a sample alone: the batch decides how many are in the box
-        group_team = min(threads, _team(max(LEAST_TEAM, group_chunks // VECTORS_OF_A_LANE), group_chunks))
-        channel_team = min(threads, _team(max(1, channel_chunks // VECTORS_OF_A_LANE), channel_chunks))
+        group_team = min(most, _team(max(LEAST_TEAM, group_chunks // VECTORS_OF_A_LANE), group_chunks))
+        channel_team = min(most, _team(max(1, channel_chunks // VECTORS_OF_A_LANE), channel_chunks))
     else:
         group_team = _team(max(LEAST_TEAM, threads // units), group_chunks)
         channel_team = _team(max(1, threads // (samples * channels)), channel_chunks)
@@ -352,9 +361,9 @@ def _box(p: Problem, samples: int, rows: int, channels: int, columns: int) -> Bo
         rows=rows,
         channels=channels,
         columns=columns,
-        sample_tiles=-(-p.N // samples),
+        sample_tiles=sample_tiles,
         row_tiles=row_tiles,
-        channel_tiles=-(-p.C // channels) if channels >= p.D else p.G * parts_of_channels,
+        channel_tiles=channel_tiles,
         column_tiles=column_tiles,
         pitch=pitch,
         flat=flat,
@@ -368,8 +377,8 @@ def _box(p: Problem, samples: int, rows: int, channels: int, columns: int) -> Bo
 
 def _has_many_threads(p: Problem) -> bool:
     """Whether the kernel's launch bounds allow MOST_THREADS: as LARGE_BACKWARD in `kernels/box.cuh`."""
-    plain = not (p.tangent or p.masked or p.activation) and p.real == 4 and p.inner >= p.vector
-    return p.arrays == 1 or (p.arrays == 2 and plain)
+    large_backward = not (p.tangent or p.heavy) and p.real == 4 and p.inner >= p.vector
+    return not p.labels and (p.arrays == 1 or (p.arrays == 2 and large_backward))
 
 
 def _contiguous(p: Problem, samples: int, rows: int, width: int) -> bool:
@@ -539,6 +548,16 @@ def merge_threads(parts: int) -> tuple[int, int]:
     """Threads of a block that merges groups of `parts` parts, and of the team that merges one."""
     team = min(MOST_THREADS // 2, _power_of_two(max(1, parts)))
     return max(128, team), team
+
+
+def row_threads(rows: int, channels: int) -> tuple[int, int]:
+    """Blocks, and threads of one, that add up `rows` rows of sums of channels: 8 channels a block, 8 rows a thread."""
+    return -(-channels // 8), 8 * max(4, min(128, _power_of_two(-(-rows // 8))))
+
+
+def merge_label_threads(channels: int, groups: int) -> tuple[int, int]:
+    """Threads of a block that merges the moments of channels by labels, and of the team that merges one group."""
+    return LABEL_THREADS, min(LABEL_THREADS, _power_of_two(max(1, channels // groups // 2)))
 
 
 def merge_channel_threads(channels: int, parts: int, labelled: bool = False) -> tuple[int, int]:

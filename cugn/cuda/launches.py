@@ -8,6 +8,7 @@ first call of its kind and kept. A call then looks it up, allocates, fills in th
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -141,10 +142,10 @@ def program(
 
 def added_rows(rows: int, channels: int, dtype: Any, result: str) -> Launch:
     """`dweight` and `dbias`, of the dtype `result`, from the sums `partial` of shape (rows, channels, 2)."""
-    threads = 32 * min(32, -(-rows // 8))
+    blocks, threads = config.row_threads(rows, channels)
     return Launch(
         kernel(Specialisation.of("parameter_gradients"), 0),
-        -(-channels // 32),
+        blocks,
         threads,
         (
             *("partial", *_ints(dtype == np.float64, rows, channels)),
@@ -196,7 +197,7 @@ class _Builder:
             tangent=operation.startswith(("jvp", "double_backward")),
             arrays=len(large),
             masked=plan.masked,
-            activation=plan.activation is not None,
+            heavy=plan.activation in CURVED and config.ITEMSIZE[plan.x_dtype] == 2,
             contiguous_rows=all(so == row or layout.outer == 1 for _, so in self.strides.values()),
             contiguous_samples=all(sn == sample or layout.N == 1 for sn, _ in self.strides.values()),
             aligned_rows=all(
@@ -222,7 +223,7 @@ class _Builder:
             "forward",
             box,
             (*_ints(box.group_team), *self.array("x"), *self.parameters("weight", "bias")),
-            (np.float64(self.plan.eps), *self.array("y"), mean, rstd, *self.mask),
+            (np.float64(self.plan.eps), *self.array("y"), mean, rstd, *self.mask, *self.label_groups()),
             config.forward_bytes(box, self.problem),
         )
 
@@ -280,11 +281,11 @@ class _Builder:
 
     def differentiated(self) -> None:
         """dx (or the tangent of y) to `y`, and sums of v and v x_hat of each channel to `partial`, (rows, C, 2)."""
-        p = self.problem
         box = self.resident_box()
         if box is None:
             self.differentiated_in_parts()
             return
+        p = self.problem
         sums = config.channel_sums(p, box)
         partial = self.empty("partial", (sums.rows, p.C, 2), np.float64 if p.real == 8 else np.float32)
         parameters = self.parameters("weight", "bias", "tweight", "tbias")
@@ -297,7 +298,7 @@ class _Builder:
             ),
             (
                 *(np.float64(self.plan.eps), *self.given_rstd(partial)),
-                *(*self.array("y"), partial, *self.mask),
+                *(*self.array("y"), partial, *self.mask, *self.label_groups()),
             ),
             config.backward_bytes(box, p),
             sums.rows * box.channel_tiles,
@@ -322,7 +323,10 @@ class _Builder:
             "backward_sums",
             box,
             (*_ints(box.group_team, box.channel_team), *arrays, *parameters),
-            (planes, np.int32(known), np.int32(plan.G), *self.labels(), moments, sums, *self.mask),
+            (
+                *(planes, np.int32(known), np.int32(plan.G), *self.labels(), *self.given_rstd(planes)),
+                *(moments, sums, *self.mask),
+            ),
             config.backward_sums_bytes(box, p),
         )
         partial = self.empty("partial", (p.N, p.C, 2))
@@ -386,11 +390,13 @@ class _Builder:
             *(channels, np.int32(labelled), *results),
         )
         if labelled:
+            groups = p.N * plan.G
+            threads, team = config.merge_label_threads(p.C, plan.G)
             self.merge(
                 "merge_labels",
-                p.N * plan.G,
-                config.LABEL_THREADS,
-                *(channels, *_ints(p.C, plan.G), *self.grouping(), *results),
+                -(-groups * team // threads),
+                threads,
+                *(channels, np.int64(groups), *_ints(p.C, plan.G, team), *self.grouping(), *results),
             )
 
     def apply(self, mean: str, rstd: str, planes: str | None) -> None:
@@ -442,6 +448,7 @@ class _Builder:
             masked=plan.masked,
             vector_channels=self.vector_channels(),
             single=self.problem.single,
+            labelled=self.problem.labels > 0,
             tangent=self.problem.tangent,
             double=self.problem.real == 8,
         )
@@ -457,8 +464,20 @@ class _Builder:
         return 2 if self.problem.inner >= vector else 16
 
     def resident_box(self) -> Box | None:
-        """Box of whole groups, if they fit in shared memory; labelled groups are put together from their channels."""
-        return None if self.plan.labels is not None else config.resident_box(self.problem, self.device)
+        """Box of whole groups, if they fit in shared memory.
+
+        Label groups are put together from their channels, unless these are single elements: then the problem becomes
+        one of boxes of whole samples, if they fit.
+        """
+        if self.plan.labels is None:
+            return config.resident_box(self.problem, self.device)
+        if not self.problem.single:
+            return None
+        whole = replace(self.problem, D=self.problem.C, labels=self.plan.G)
+        box = config.resident_box(whole, self.device)
+        if box is not None:
+            self.problem = whole
+        return box
 
     # ------------------------------------------------------------ arrays and arguments
 
@@ -510,6 +529,10 @@ class _Builder:
     def labels(self) -> tuple[Any, ...]:
         """Arguments (labels, labelled)."""
         return ("x", np.int32(0)) if self.plan.labels is None else ("labels", np.int32(1))
+
+    def label_groups(self) -> tuple[Any, ...]:
+        """LABEL_PARAMETERS of kernels/box.cuh."""
+        return (np.int32(self.plan.G), "labels", "order", "bounds") if self.problem.labels else ()
 
     def grouping(self) -> tuple[str, str]:
         """Arguments (order, bounds)."""

@@ -1,14 +1,17 @@
-"""Times of calls on a GPU, by events, beside a device-to-device copy and torch; the cases of the table in the docs.
+"""Times of calls on a GPU, by events, beside a device-to-device copy and torch; the cases of the tables in the docs.
 
-``python -m tests.gpu.timing [results.json]`` prints the table and writes it.
+``python -m tests.gpu.timing [results.json]`` prints the table and writes it; ``--features`` adds labels, masks and
+activations beside the plain call.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+import numpy as np
 
 import cugn
 
@@ -42,6 +45,7 @@ CASES = [
     Case("61 channels of 47x47, layer norm", (32, 61, 2209), 1),
 ]
 DTYPES = ("float32", "float16")
+FEATURES = ("plain", "labels", "mask", "mask of positions", "relu", "silu")
 
 
 def flush() -> Callable[[], Any]:
@@ -93,6 +97,30 @@ def measure(case: Case, dtype: str, before: Callable[[], Any]) -> dict[str, floa
     return found | torch_times(case, x, dy, w, b, before)
 
 
+def measure_feature(case: Case, feature: str, before: Callable[[], Any]) -> dict[str, float]:
+    """Milliseconds of the forward and the backward of float32 with one of `FEATURES`."""
+    import cupy
+
+    axis = -1 if case.last else 1
+    rng = cupy.random.default_rng(0)
+    x, dy = (rng.standard_normal(case.shape, dtype=cupy.float32) for _ in range(2))
+    C = case.shape[axis]
+    out, w, b = cupy.empty_like(x), cupy.ones(C, x.dtype), cupy.zeros(C, x.dtype)
+    groups: Any = np.arange(C) * 7 % case.groups if feature == "labels" else case.groups
+    options: dict[str, Any] = {"channel_axis": axis}
+    if feature.startswith("mask"):
+        positions = tuple(1 if k == axis % x.ndim else n for k, n in enumerate(case.shape))
+        options["where"] = rng.random(case.shape if feature == "mask" else positions) < 0.7
+    elif feature in ("relu", "silu"):
+        options["activation"] = feature
+    _, mean, rstd = cugn.group_norm_forward(x, groups, w, b, **options)
+    given = {"mean": mean, "rstd": rstd, "out": out}
+    return {
+        "forward": milliseconds(lambda: cugn.group_norm(x, groups, w, b, out=out, **options), before),
+        "backward": milliseconds(lambda: cugn.group_norm_backward(dy, x, groups, w, b, **given, **options), before),
+    }
+
+
 def torch_times(case: Case, x: Any, dy: Any, w: Any, b: Any, before: Callable[[], Any]) -> dict[str, float | None]:
     """The same of torch's group_norm and autograd, on the same memory and stream; None where it is not installed."""
     try:
@@ -133,7 +161,18 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run() -> dict[str, Any]:
+def features_table(results: dict[str, Any]) -> str:
+    """Markdown: forward and backward with each feature in times of the plain call."""
+    names = [name for name in FEATURES if name != "plain"]
+    lines = [f"| case | {' | '.join(names)} |", f"|---{'|--:' * len(names)}|"]
+    for row in results["features"]:
+        t, plain = row["milliseconds"], row["milliseconds"]["plain"]
+        cells = [" / ".join(f"{t[name][which] / plain[which]:.2f}" for which in plain) for name in names]
+        lines.append(f"| {row['case']} {tuple(row['shape'])} G={row['groups']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def run(features: bool) -> dict[str, Any]:
     """All cases; the device's name beside them."""
     import cupy
 
@@ -146,25 +185,37 @@ def run() -> dict[str, Any]:
     except ImportError:
         pass
     device = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)["name"].decode()
-    rows = []
+    results: dict[str, Any] = {"device": device, "versions": versions, "rows": []}
     for case in CASES:
+        about = {
+            "case": case.name + (", channels last" if case.last else ""),
+            "shape": case.shape,
+            "groups": case.groups,
+        }
         for dtype in DTYPES:
-            name = case.name + (", channels last" if case.last else "")
-            times = measure(case, dtype, before)
-            rows.append(
-                {"case": name, "shape": case.shape, "groups": case.groups, "dtype": dtype, "milliseconds": times}
-            )
-    return {"device": device, "versions": versions, "rows": rows}
+            results["rows"].append({**about, "dtype": dtype, "milliseconds": measure(case, dtype, before)})
+        if features:
+            times = {feature: measure_feature(case, feature, before) for feature in FEATURES}
+            results.setdefault("features", []).append({**about, "milliseconds": times})
+    return results
 
 
 def main() -> None:
     """Print and write."""
-    results = run()
-    if len(sys.argv) > 1:
-        with open(sys.argv[1], "w", encoding="utf-8") as file:
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu.timing", description="Times of calls on a GPU.")
+    parser.add_argument("results", nargs="?", help="JSON file to write")
+    parser.add_argument(
+        "--features", action="store_true", help="labels, masks and activations beside the plain call, too"
+    )
+    chosen = parser.parse_args()
+    results = run(chosen.features)
+    if chosen.results:
+        with open(chosen.results, "w", encoding="utf-8") as file:
             json.dump(results, file, indent=1)
     print(f"{results['device']}, {results['versions']}; microseconds")
     print(table(results))
+    if chosen.features:
+        print(features_table(results))
 
 
 if __name__ == "__main__":

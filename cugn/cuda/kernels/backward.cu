@@ -12,7 +12,8 @@
 // Accumulators: float32 over SHORT_RUN elements, float64 beyond (float64 arrays: float64 throughout).
 // Requires: as forward.cu; dx may be the memory of x or dy where it has the same strides.
 //
-// Options: X_DTYPE (= Y_DTYPE), ACTIVATION, MASKED, VECTOR_CHANNELS, TANGENT; SINGLE, for `backward` where S = 1.
+// Options: X_DTYPE (= Y_DTYPE), ACTIVATION, MASKED, VECTOR_CHANNELS, TANGENT; SINGLE, for `backward` where S = 1, and there
+// LABELLED.
 
 #define PARAMETER_ARGUMENTS \
   {weight, bias, tweight, tbias, weight_dtype, bias_dtype, tweight_dtype, tbias_dtype}
@@ -43,7 +44,7 @@ template <class FromX, class FromV> struct Gradient {
   const Tables tables;
   const Mask mask;
   const Box& box;
-  const Divisor by_group;
+  const Grouping grouping;
   const bool shares;  // whether there are groups of two elements
 
   typedef Entries Entry;
@@ -66,9 +67,6 @@ template <class FromX, class FromV> struct Gradient {
   };
   static constexpr int UNROLL = (FromX::FAR ? 2 : 1) * (ENTRIES == 1 ? 2 : 1);  // loads in flight, of each array
 
-  __device__ __forceinline__ int unit(int n, int c) const {
-    return n * box.groups + (box.groups == 1 ? 0 : by_group.quotient(c));
-  }
   __device__ __forceinline__ Group group(int u) const { return {tables.centre(u), tables.coefficient(u, shares)}; }
   __device__ __forceinline__ Scale scale(int c) const { return tables.scale(c, BENT); }
   __device__ __forceinline__ Entries entry(const Group& group, const Scale& scale) const {
@@ -86,7 +84,7 @@ template <class FromX, class FromV> struct Gradient {
   }
   static constexpr bool FEW_REGISTERS = false;
   // Small groups of float32, which `backward` knows by their size.
-  __device__ __forceinline__ bool all_slow() const { return SINGLE && !REAL_IS_DOUBLE && box.nr * box.run <= FEW_ELEMENTS; }
+  __device__ __forceinline__ bool all_slow() const { return SINGLE && !LABELLED && !REAL_IS_DOUBLE && box.nr * box.run <= FEW_ELEMENTS; }
   __device__ __forceinline__ bool slow(const Entries& e) const { return !REAL_IS_DOUBLE && e.scale != e.scale; }
 
   __device__ __forceinline__ ExactGroup exact_group(int u) const {
@@ -102,8 +100,7 @@ template <class FromX, class FromV> struct Gradient {
   __device__ __forceinline__ void load(Values<K>& values, const Input& from, int e, int n, int r, int q, bool aligned) const {
     values.x = load_pack<x_t, K>(from.x + e, aligned);
     values.v = load_pack<x_t, K>(from.v + e, aligned);
-#pragma unroll
-    for (int k = 0; k < K; ++k) values.used[k] = TANGENT || mask.at(n, r, q + k);
+    if (!TANGENT) mask.read(n, r, q, values.used, false);
   }
   template <int K> __device__ __forceinline__ real fast(const Entries& e, const Values<K>& values, int k) const {
     const real d = centred(e, to_real<X_DTYPE>(values.x.element[k])), v = to_real<X_DTYPE>(values.v.element[k]);
@@ -152,9 +149,7 @@ struct SumChannels {
   const Box& box;
   const Tables& tables;
   const ChannelSums& sums;
-  const Divisor by_group;
-
-  __device__ __forceinline__ int group_of(int n, int c) const { return n * box.groups + by_group.quotient(c); }
+  const Grouping grouping;
 
   // Elements q, ..., q + K - 1 of a row, of one channel or (centre, scale: arrays) of K of them.
   template <int K, class OfGroup, class OfChannel, class Add>
@@ -162,12 +157,15 @@ struct SumChannels {
     real xs[K], vs[K];
     read<X_DTYPE, K>(x, n, r, q, xs);
     read<X_DTYPE, K>(dy, n, r, q, vs);
+#if TANGENT
+    bool used[K];
+    mask.read(n, r, q, used);
+#endif
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const real x_hat = centred(centre(k), xs[k]) * centre(k).rstd;
 #if TANGENT
-      const bool used = mask.at(n, r, q + k);
-      add(k, used ? vs[k] : (real)0, used ? x_hat : (real)0);
+      add(k, used[k] ? vs[k] : (real)0, used[k] ? x_hat : (real)0);
 #else
       add(k, ACTIVATION == IDENTITY ? vs[k] : vs[k] * slope(fma(x_hat, scale(k).weight, scale(k).bias)), x_hat);
 #endif
@@ -189,7 +187,7 @@ struct SumChannels {
       const int rows = unit < units ? box.nr : 0, q0 = c * box.ncol;
       double sum_v = 0, sum_v_x_hat = 0;
       if (rows) {
-        const int u = group_of(n, c);
+        const int u = grouping.unit(n, c);
         const Scale scale = BENT && !TANGENT ? tables.scale(c) : Scale();
         if (tables.in_reals(u) && in_reals(scale)) {
           const Centre centre = tables.centre(u);
@@ -230,7 +228,7 @@ struct SumChannels {
           bool plain = true;
 #pragma unroll
           for (int k = 0; k < K; ++k) {
-            const int u = group_of(n, c + k);
+            const int u = grouping.unit(n, c + k);
             centre[k] = tables.centre(u);
             if (BENT && !TANGENT) scale[k] = tables.scale(c + k);
             plain = plain && tables.in_reals(u) && in_reals(scale[k]);
@@ -248,7 +246,7 @@ struct SumChannels {
 #pragma unroll
           for (int k = 0; k < K; ++k) {
             const Scale own = BENT && !TANGENT ? tables.scale(c + k) : Scale();
-            const Pair one = slowly(n, r, c + k, tables.statistic(group_of(n, c + k)), own);
+            const Pair one = slowly(n, r, c + k, tables.statistic(grouping.unit(n, c + k)), own);
             a[k] += one.a;
             b[k] += one.b;
           }
@@ -274,15 +272,24 @@ struct SumsOfChannels {
   const Box& box;
   const Tables& tables;
   const ChannelSums& sums;
-  const Divisor by_group;
+  const Grouping grouping;
 
-  // Of channels c, ..., c + K - 1 of sample n, which are of one group where K > 1.
+  // Of channels c, ..., c + K - 1 of sample n, which are of one group where K > 1, or of any under LABELLED.
   template <int K> __device__ __forceinline__ void at(int n, int c, Pair (&sum)[K]) const {
+    if constexpr (LABELLED && K > 1) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        Pair one[1];
+        at(n, c + k, one);
+        sum[k] = one[0];
+      }
+      return;
+    }
 #if !SINGLE
 #pragma unroll
     for (int k = 0; k < K; ++k) sum[k] = sums.at(n * box.nc + c + k);
 #else
-    const int u = n * box.groups + by_group.quotient(c), at = x.index(n, 0, c);
+    const int u = grouping.unit(n, c), at = x.index(n, 0, c);
     const Pack<x_t, K> xs = load_pack<x_t, K>(x.data + at, true), vs = load_pack<x_t, K>(v.data + at, true);
     if (!tables.in_reals(u)) {
       const Statistic statistic = tables.statistic(u);
@@ -329,6 +336,9 @@ __device__ __forceinline__ ExactCoefficient coefficients_of(const Pair& sums, do
   return {-rstd * (sums.b / count), offset, 1};
 }
 
+// Whether a given rstd is one that float32 takes: the squares of its group are then not needed, not even for their size.
+__device__ __forceinline__ bool usual_rstd(double rstd) { return rstd > 0x1p-48 && rstd < 0x1p+48; }
+
 // Tables of a group whose statistics stand there, and whose coefficients are known. Where float32 could not hold them the
 // group goes to float64.
 __device__ __forceinline__ void set_coefficients(const ExactCoefficient& g, double rstd, double count, int u,
@@ -370,8 +380,14 @@ extern "C" __global__ void BACKWARD_BOUNDS
     backward(BOX_PARAMETERS, const int repeat, const int group_team, const int channel_team, const x_t* x,
              const long long x_sn, const long long x_so, const x_t* dy, const long long dy_sn, const long long dy_so,
              PARAMETERS, TANGENTS, const double eps, const double* rstd_given,
-             const int have_rstd, y_t* dx, const long long dx_sn, const long long dx_so, real* partial MASK_PARAMETERS) {
-  const Work work(samples, rows, channels, columns, samples * max(1, channels / D), pitch, flat);
+             const int have_rstd, y_t* dx, const long long dx_sn, const long long dx_so,
+             real* partial MASK_PARAMETERS LABEL_PARAMETERS) {
+#if LABELLED
+  const int G = label_groups, most_groups = G;
+#else
+  const int G = C / D, most_groups = max(1, channels / D);
+#endif
+  const Work work(samples, rows, channels, columns, samples * most_groups, pitch, flat);
   const unsigned sample_block = blockIdx.x / channel_tiles, channel_tile = blockIdx.x - sample_block * channel_tiles;
   const Tables& tables = work.tables;
   int c0 = 0, nc = 0;
@@ -379,6 +395,7 @@ extern "C" __global__ void BACKWARD_BOUNDS
     const unsigned tile = (sample_block * repeat + i) * channel_tiles + channel_tile;
     if ((long long)(sample_block * repeat + i) * samples >= N) break;
     const Box box(BOX_ARGUMENTS, tile);
+    const Grouping grouping LABELS_OF(box);
     c0 = box.c0;
     nc = box.nc;
     const Global<const x_t> x_source(x, x_sn, x_so, box, inner), dy_source(dy, dy_sn, dy_so, box, inner);
@@ -395,38 +412,42 @@ extern "C" __global__ void BACKWARD_BOUNDS
     copies_arrived();
     __syncthreads();
 
-    const int units = box.ns * box.groups, G = C / D;
+    const int units = box.ns * grouping.groups;
     {
       const int team = group_team, teams = blockDim.x / team, lane = threadIdx.x & (team - 1);
       for (int first = 0; first < units; first += teams) {
-        const int u = in_turn(first + threadIdx.x / team, units, box.run), n = u / box.groups, k = u - n * box.groups;
+        const int u = in_turn(first + threadIdx.x / team, units, box.run), n = u / grouping.groups, k = u - n * grouping.groups;
+#if LABELLED
+        Moments m = moments_of_label(x_tile, mask, grouping, n, k, u < units ? grouping.channels(k) : 0, lane, team, shared);
+#else
         const int reader = team < 32 ? threadIdx.x & 31 & -team : 0;  // one lane of the team in each warp
         double given = 0;
         if (have_rstd && u < units && (threadIdx.x & 31) == reader) given = rstd_given[(box.n0 + n) * G + box.g0 + k];
         given = __shfl_sync(0xffffffffu, given, reader);
-        Moments m = moments_of(x_tile, mask, box, n, k, u < units ? box.nr : 0, lane, team, shared, given > 0x1p-48 && given < 0x1p+48);
+        Moments m = moments_of(x_tile, mask, box, n, k, u < units ? box.nr : 0, lane, team, shared, usual_rstd(given));
+#endif
         if (u < units && lane == 0) {
           m.fit(eps);
           tables.hold(u, m);
-          if (MASKED) work.counts[u] = m.count;
+          if (MASKED || LABELLED) work.counts[u] = m.count;
         }
       }
     }
     __syncthreads();
     // What is done once a group: a thread for each, where a team would leave all but one lane idle.
-    const auto count_of = [&](int u) { return MASKED ? work.counts[u] : box.nr * box.run; };
+    const auto count_of = [&](int u) { return MASKED || LABELLED ? work.counts[u] : box.nr * box.run; };
     for (int u = threadIdx.x; u < units; u += blockDim.x) {
       const Moments m = tables.held(u);
-      const int n = u / box.groups;
-      const double r = have_rstd ? rstd_given[(box.n0 + n) * G + box.g0 + (u - n * box.groups)] / m.unit : m.rstd(eps);
+      const int n = u / grouping.groups;
+      const double r = have_rstd ? rstd_given[(box.n0 + n) * G + box.g0 + (u - n * grouping.groups)] / m.unit : m.rstd(eps);
       tables.finish(u, m, r);
       if (count_of(u) <= FEW_ELEMENTS && !REAL_IS_DOUBLE) tables.to_exact(u);
     }
     __syncthreads();
 
-    const SumsOfChannels sums = {x_tile, dy_tile, mask, box, tables, work.sums, Divisor(box.group_channels)};
+    const SumsOfChannels sums = {x_tile, dy_tile, mask, box, tables, work.sums, grouping};
 #if !SINGLE
-    SumChannels{x_tile, dy_tile, mask, box, tables, work.sums, Divisor(box.group_channels)}(channel_team, shared);
+    SumChannels{x_tile, dy_tile, mask, box, tables, work.sums, grouping}(channel_team, shared);
     __syncthreads();
 #endif
 #if !TANGENT
@@ -464,7 +485,16 @@ extern "C" __global__ void BACKWARD_BOUNDS
     {
       const int team = group_team, teams = blockDim.x / team, lane = threadIdx.x & (team - 1);
       for (int first = 0; first < units; first += teams) {
-        const int u = first + threadIdx.x / team, n = u / box.groups, k = u - n * box.groups;
+        const int u = first + threadIdx.x / team, n = u / grouping.groups, k = u - n * grouping.groups;
+#if LABELLED
+        const Pair sum = pairs_in_any_order(u < units ? grouping.channels(k) : 0, lane, team, shared, [&](int i) {
+          const int c = grouping.channel(k, i);
+          const double w = TANGENT ? 1 : exactly(tables.channel(0, c));
+          Pair one[1];
+          sums.at(n, c, one);
+          return Pair{w * one[0].a, w * one[0].b};
+        });
+#else
         Pair sum = {0, 0};
         const auto add = [&](auto width, int, int i) {
           constexpr int K = decltype(width)::value;
@@ -482,6 +512,7 @@ extern "C" __global__ void BACKWARD_BOUNDS
         if (SINGLE) walk(1, mine, lane, team, add, [] {});
         else for (int c = lane; c < mine; c += team) add(Count<1>(), 0, c);
         sum = team_sum(sum, team, shared);
+#endif
         if (u < units && lane == 0) {
           tables.held_sum(0, u) = sum.a;
           tables.held_sum(1, u) = sum.b;
@@ -489,16 +520,17 @@ extern "C" __global__ void BACKWARD_BOUNDS
       }
     }
     __syncthreads();
+    const bool shares = LABELLED || box.nr * box.run == 2;
     for (int u = threadIdx.x; u < units; u += blockDim.x) {
       const Statistic statistic = tables.statistic(u);
       const double r = statistic.rstd, count = count_of(u);
       const Pair sum = {tables.held_sum(0, u), tables.held_sum(1, u)};
-      set_coefficients(coefficients_of(sum, r, statistic.unit, count, eps, have_rstd), r, count, u, tables, box.nr * box.run == 2);
+      set_coefficients(coefficients_of(sum, r, statistic.unit, count, eps, have_rstd), r, count, u, tables, shares);
     }
     __syncthreads();
 
     const Gradient<Shared<x_t>, Shared<x_t>> operation = {
-        x_tile, dy_tile, tables, mask, box, Divisor(box.group_channels), box.nr * box.run == 2};
+        x_tile, dy_tile, tables, mask, box, grouping, shares};
     apply(operation, Global<y_t>(dx, dx_sn, dx_so, box, inner), box);
   }
 #if !TANGENT
@@ -515,13 +547,14 @@ extern "C" __global__ void BACKWARD_BOUNDS
 #ifdef KERNEL_BACKWARD_SUMS
 // One block a box of one sample, which may be a part of a group. Writes the sums of v and of v (x - mean of the box), x in
 // the box's unit, of each channel, sums: (N, spatial parts, C, 2); and the moments of each group in the box, (N, parts, G,
-// PART). With have_statistics, in `planes`, it is v x_hat under them, and no moments are written; labels, the group of each
+// PART), of which the squares are not to be used where the caller gave an rstd: of float32 arrays they are then not taken, a
+// pass of three less. With have_statistics, in `planes`, it is v x_hat under them, and no moments are written; labels, the group of each
 // channel, need them (labelled).
 extern "C" __global__ void BACKWARD_SUMS_BOUNDS
     backward_sums(BOX_PARAMETERS, const int group_team, const int channel_team, const x_t* x, const long long x_sn,
                   const long long x_so, const x_t* dy, const long long dy_sn, const long long dy_so, PARAMETERS,
                   double* planes, const int have_statistics, const int G, const int* labels, const int labelled,
-                  double* moments, double* sums MASK_PARAMETERS) {
+                  const double* rstd_given, const int have_rstd, double* moments, double* sums MASK_PARAMETERS) {
   const Work work(samples, rows, channels, columns, max(1, channels / D), pitch, flat);
   const Box box(BOX_ARGUMENTS, blockIdx.x);
   const Tables& tables = work.tables;
@@ -548,21 +581,23 @@ extern "C" __global__ void BACKWARD_SUMS_BOUNDS
     const int team = group_team, teams = blockDim.x / team, lane = threadIdx.x & (team - 1);
     for (int first = 0; first < units; first += teams) {
       const int u = first + threadIdx.x / team;
-      Moments m = moments_of(x_tile, mask, box, 0, u, u < units ? box.nr : 0, lane, team, shared);
+      const double given = have_rstd && u < units ? rstd_given[box.n0 * G + box.g0 + u] : 0;
+      const bool usual = usual_rstd(given);
+      Moments m = moments_of(x_tile, mask, box, 0, u, u < units ? box.nr : 0, lane, team, shared, usual);
       if (u < units && lane == 0) {
         if (!(m.count > 0)) {  // all masked: the sums still need a place to be about
           m.mean = to_double<X_DTYPE>(x_tile.data[x_tile.index(0, 0, u * box.run)]);
           m.low = m.m2 = 0;
           m.unit = 1;
         }
-        tables.set(u, {m.mean, m.low, m.m2 > 0 ? sqrt(m.count / m.m2) : 1, m.unit});
+        tables.set(u, {m.mean, m.low, usual && !REAL_IS_DOUBLE ? given : m.m2 > 0 ? sqrt(m.count / m.m2) : 1, m.unit});
         write_part(moments + PART * ((box.n0 * box.parts + box.part) * G + box.g0 + u), m);
       }
     }
     __syncthreads();
   }
 
-  SumChannels{x_tile, dy_tile, mask, box, tables, work.sums, Divisor(box.group_channels)}(channel_team, shared);
+  SumChannels{x_tile, dy_tile, mask, box, tables, work.sums, Grouping(box)}(channel_team, shared);
   __syncthreads();
   double* to = sums + 2 * ((box.n0 * box.spatial_parts + box.spatial_part) * C + box.c0);
   for (int c = threadIdx.x; c < box.nc; c += blockDim.x) {
@@ -679,17 +714,18 @@ extern "C" __global__ void BACKWARD_APPLY_BOUNDS
   __syncthreads();
   const Gradient<Global<const x_t>, Global<const x_t>> operation = {
       Global<const x_t>(x, x_sn, x_so, box, inner), Global<const x_t>(dy, dy_sn, dy_so, box, inner), work.tables,
-      mask, box, Divisor(box.group_channels), true};
+      mask, box, Grouping(box), true};
   apply(operation, Global<y_t>(dx, dx_sn, dx_so, box, inner), box);
 }
 #endif
 
 #ifdef KERNEL_PARAMETER_GRADIENTS
-// dweight and dbias of 32 channels a block, from partial: (rows, C, 2), to every `step`th element of theirs. Each warp takes a
-// part of the rows, every so many; their sums are added in order.
+// dweight and dbias of 8 channels a block, whose sums are two sectors of a row, from partial: (rows, C, 2), to every `step`th
+// element of theirs. Eight threads take a part of the rows, every so many; the sums of the parts, a power of two, are added in
+// a tree.
 template <class Partial>
 __device__ __forceinline__ void add_rows(const Partial* partial, int rows, int C, void* dweight, void* dbias, int dtype, int step) {
-  const int c = blockIdx.x * 32 + (threadIdx.x & 31), part = threadIdx.x >> 5, parts = blockDim.x >> 5;
+  const int c = blockIdx.x * 8 + (threadIdx.x & 7), part = threadIdx.x >> 3, parts = blockDim.x >> 3;
   double sum_v = 0, sum_v_x_hat = 0;
   if (c < C) {
 #pragma unroll 8  // eight loads in flight
@@ -698,14 +734,18 @@ __device__ __forceinline__ void add_rows(const Partial* partial, int rows, int C
       sum_v_x_hat += (double)partial[2 * ((long long)r * C + c) + 1];
     }
   }
-  shared[threadIdx.x] = sum_v;
-  shared[blockDim.x + threadIdx.x] = sum_v_x_hat;
-  __syncthreads();
-  if (part == 0 && c < C) {
-    for (int other = 1; other < parts; ++other) {
-      sum_v += shared[threadIdx.x + 32 * other];
-      sum_v_x_hat += shared[blockDim.x + threadIdx.x + 32 * other];
+  for (int half = parts / 2; half > 0; half /= 2) {
+    if (part >= half && part < 2 * half) {
+      shared[threadIdx.x] = sum_v;
+      shared[blockDim.x + threadIdx.x] = sum_v_x_hat;
     }
+    __syncthreads();
+    if (part < half) {
+      sum_v += shared[threadIdx.x + 8 * half];
+      sum_v_x_hat += shared[blockDim.x + threadIdx.x + 8 * half];
+    }
+  }
+  if (part == 0 && c < C) {
     store_any(dweight, dtype, (long long)c * step, sum_v_x_hat);
     store_any(dbias, dtype, (long long)c * step, sum_v);
   }

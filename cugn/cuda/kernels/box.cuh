@@ -11,14 +11,14 @@
 // Launch bounds: threads of a block, and blocks that a multiprocessor is to hold (which leaves 65536 / (threads * blocks)
 // registers). None of them makes a kernel spill (CUGN_EVERY_KERNEL=once). The kernels that go over a split group
 // have three blocks where that allows it: 12 KB of reads in flight, and sm_90 needs 8 to read and write at the memory's speed.
-#define FORWARD_BOUNDS __launch_bounds__(512, 1)
+#define FORWARD_BOUNDS __launch_bounds__(LABELLED ? 256 : 512, 1)
 #define MOMENTS_BOUNDS __launch_bounds__(256, REAL_IS_DOUBLE && (X_DTYPE == INT8 || X_DTYPE == UINT8) ? 2 : 3)
 #define HEAVY (ACTIVATION == GELU || (REAL_IS_DOUBLE && ACTIVATION != IDENTITY))  // erfc, and exp in float64
 #define APPLY_BOUNDS \
   __launch_bounds__(256, HEAVY || (VECTOR_CHANNELS > 1 && (REAL_IS_DOUBLE || X_DTYPE > FLOAT64)) || (VECTOR_CHANNELS > 2 && (X_DTYPE != FLOAT32 || ACTIVATION != IDENTITY)) ? 2 : 3)
 #define MORE_THAN_SUMS (TANGENT || MASKED || ACTIVATION != IDENTITY)
 // As config._has_many_threads.
-#define LARGE_BACKWARD (!REAL_IS_DOUBLE && VECTOR_CHANNELS <= 2 && !MORE_THAN_SUMS)
+#define LARGE_BACKWARD (!REAL_IS_DOUBLE && VECTOR_CHANNELS <= 2 && !TANGENT && (X_DTYPE == FLOAT32 || ACTIVATION <= RELU))
 #define BACKWARD_BOUNDS \
   __launch_bounds__(LARGE_BACKWARD ? 512 : 256, LARGE_BACKWARD || REAL_IS_DOUBLE || SINGLE || MORE_THAN_SUMS ? 1 : 2)
 #define BACKWARD_SUMS_BOUNDS __launch_bounds__(256, HEAVY ? 1 : 2)
@@ -32,6 +32,15 @@
   , const unsigned char *where, const long long where_sn, const long long where_so, const long long where_sc, const long long where_si
 #else
 #define MASK_PARAMETERS
+#endif
+// Label groups of `forward` and `backward`, whose box then holds whole samples, a channel in each element: the number of the
+// groups, the group of each channel, the channels in the order of the groups, and the bounds of the groups in that.
+#if LABELLED
+#define LABEL_PARAMETERS , const int label_groups, const int *labels, const int *order, const int *bounds
+#define LABELS_OF(box) (box, label_groups, labels, order, bounds)
+#else
+#define LABEL_PARAMETERS
+#define LABELS_OF(box) (box)
 #endif
 
 extern __shared__ __align__(16) double shared[];
@@ -126,6 +135,29 @@ struct Box {
   // Contiguous stretches of memory that make up the box, and the elements of one.
   __device__ __forceinline__ int segments() const { return flat ? 1 : ns * nr; }
   __device__ __forceinline__ int segment_length() const { return flat ? ns * nr * width : width; }
+};
+
+// Which channels of the box make a group: neighbours, or those of a label.
+struct Grouping {
+  int groups;  // of a sample
+#if LABELLED
+  const int *labels, *order, *bounds;
+  __device__ __forceinline__ Grouping(const Box&, int groups, const int* labels, const int* order, const int* bounds)
+      : groups(groups), labels(labels), order(order), bounds(bounds) {}
+  __device__ __forceinline__ int of(int c) const { return labels[c]; }
+  __device__ __forceinline__ int channels(int g) const { return bounds[g + 1] - bounds[g]; }
+  __device__ __forceinline__ int channel(int g, int k) const { return order[bounds[g] + k]; }
+#else
+  int group_channels;
+  Divisor by_group;
+  __device__ __forceinline__ Grouping(const Box& box)
+      : groups(box.groups), group_channels(box.group_channels), by_group(box.group_channels) {}
+  __device__ __forceinline__ int of(int c) const { return groups == 1 ? 0 : by_group.quotient(c); }
+  __device__ __forceinline__ int channels(int) const { return group_channels; }
+  __device__ __forceinline__ int channel(int g, int k) const { return g * group_channels + k; }
+#endif
+  // The group among those of the box, of channel c of sample n.
+  __device__ __forceinline__ int unit(int n, int c) const { return n * groups + of(c); }
 };
 
 template <class T> __device__ __forceinline__ int elements_past_16_bytes(const T* p) {
@@ -236,20 +268,58 @@ struct Mask {
   int width, nr;
 #if MASKED
   __device__ __forceinline__ bool at(int n, int r, int q) const { return data[(n * nr + r) * width + q] != 0; }
+  // Of K elements at once, which begin at a multiple of K of the box or, if not `aligned`, anywhere.
+  template <int K> __device__ __forceinline__ void read(int n, int r, int q, bool (&used)[K], bool aligned = true) const {
+    const int at = (n * nr + r) * width + q;
+    const Pack<unsigned char, K> pack = load_pack<unsigned char, K>(data + at, aligned || at % K == 0);
+#pragma unroll
+    for (int k = 0; k < K; ++k) used[k] = pack.element[k] != 0;
+  }
+  // Bring the mask in, in words of four elements where these are neighbours in `where`, too, or one and the same; a thread
+  // has FLIGHT of them on the way at once: with single bytes, one after the other, the mask took six times as long as x.
   __device__ void fill(unsigned char* to, const unsigned char* where, long long sn, long long so, long long sc,
                        long long si, const Box& box) {
     data = to;
     width = box.width;
     nr = box.nr;
-    const int count = box.ns * box.nr * box.width;
-    const Divisor by_width(box.width), by_columns(box.ncol), by_rows(box.nr);
-    for (int e = threadIdx.x; e < count; e += blockDim.x) {
-      const int s = by_width.quotient(e), q = e - s * width, c = by_columns.quotient(q), n = by_rows.quotient(s);
-      to[e] = where[(box.n0 + n) * sn + (box.o0 + s - n * nr) * so + (box.c0 + c) * sc + (box.i0 + q - c * box.ncol) * si];
+    const unsigned char* from = where + box.n0 * sn + box.o0 * so + box.c0 * sc + box.i0 * si;
+    const bool columns = box.ncol % 4 == 0, aligned = (((long long)(size_t)from | sn | so | (columns ? sc : 0)) & 3) == 0;
+    const long long step = columns ? si : sc;  // to the next of four neighbours
+    const bool words = width % 4 == 0 && (columns || box.ncol == 1) && (step == 0 || (step == 1 && aligned));
+    if (!words) copy<1>(to, from, sn, so, sc, si, box, false);
+    else copy<4>(to, from, sn, so, sc, si, box, step == 0);
+  }
+  template <int K>
+  __device__ __forceinline__ void copy(unsigned char* to, const unsigned char* from, long long sn, long long so, long long sc,
+                                       long long si, const Box& box, bool same) {
+    typedef typename Word<K>::type Elements;
+    constexpr int FLIGHT = 4;
+    const int per_row = width / K, count = box.ns * box.nr * per_row;
+    const Divisor by_row(per_row), by_columns(box.ncol), by_rows(box.nr);
+    for (int first = threadIdx.x; first < count; first += FLIGHT * blockDim.x) {
+      Elements elements[FLIGHT];
+#pragma unroll
+      for (int u = 0; u < FLIGHT; ++u) {
+        const int e = first + u * blockDim.x;
+        if (e >= count) break;
+        const int s = by_row.quotient(e), q = K * (e - s * per_row), c = by_columns.quotient(q), n = by_rows.quotient(s);
+        const unsigned char* p = from + n * sn + (s - n * nr) * so + c * sc + (q - c * box.ncol) * si;
+        if (K == 4 && same) elements[u] = (Elements)(*p * 0x01010101u);
+        else elements[u] = *reinterpret_cast<const Elements*>(p);
+      }
+#pragma unroll
+      for (int u = 0; u < FLIGHT; ++u) {
+        const int e = first + u * blockDim.x;
+        if (e < count) reinterpret_cast<Elements*>(to)[e] = elements[u];
+      }
     }
   }
 #else
   __device__ __forceinline__ bool at(int, int, int) const { return true; }
+  template <int K> __device__ __forceinline__ void read(int, int, int, bool (&used)[K], bool = true) const {
+#pragma unroll
+    for (int k = 0; k < K; ++k) used[k] = true;
+  }
 #endif
 };
 
@@ -321,23 +391,51 @@ __device__ __forceinline__ double team_max(double v, int team, double* scratch) 
   return v;
 }
 
-// Sum of value(0), ..., value(count - 1) over a team, the same bits in whatever order the values stand: each is cut into a
-// multiple of a step so large that no sum of them rounds, and once more for what is left. Error: 2^-100 of the largest.
-template <class Value> __device__ __forceinline__ double sum_in_any_order(int count, int lane, int team, double* scratch, Value value) {
-  double largest = 0;
-  for (int i = lane; i < count; i += team) largest = fmax(largest, fabs(value(i)));
-  largest = team_max(largest, team, scratch);
-  // Powers of two above the largest value times the count, and what is left of a value after the first cut times the count.
-  const double room = ldexp(1.0, 33 - __clz(count)), first = 1.5 * room * ldexp(1.0, ilogb(fmax(largest, 0x1p-900)) + 1);
-  const double second = first * room * 0x1p-52;
-  Pair sums = {0, 0};
-  for (int i = lane; i < count; i += team) {
-    const double v = value(i), cut = (v + first) - first, rest = v - cut;
+// A sum of `count` values up to `largest`, the same bits in whatever order they come: each is cut into a multiple of a step so
+// large that no sum of them rounds, and once more for what is left. Error: 2^-100 of the largest.
+struct AnyOrder {
+  double first, second;  // powers of two above the largest value times the count, and the same of what the first cut leaves
+  Pair sums;
+  __device__ __forceinline__ AnyOrder(int count, double largest) : sums{0, 0} {
+    const double room = ldexp(1.0, 33 - __clz(count));
+    first = 1.5 * room * ldexp(1.0, ilogb(fmax(largest, 0x1p-900)) + 1);
+    second = first * room * 0x1p-52;
+  }
+  __device__ __forceinline__ void add(double v) {
+    const double cut = (v + first) - first, rest = v - cut;
     sums.a += cut;
     sums.b += (rest + second) - second;
   }
-  sums = team_sum(sums, team, scratch);
-  return sums.a + sums.b;
+  // Over a team.
+  __device__ __forceinline__ double total(int team, double* scratch) const {
+    const Pair all = team_sum(sums, team, scratch);
+    return all.a + all.b;
+  }
+};
+
+// Sum of value(0), ..., value(count - 1) over a team, in whatever order the values stand.
+template <class Value> __device__ __forceinline__ double sum_in_any_order(int count, int lane, int team, double* scratch, Value value) {
+  double largest = 0;
+  for (int i = lane; i < count; i += team) largest = fmax(largest, fabs(value(i)));
+  AnyOrder sum(count, team_max(largest, team, scratch));
+  for (int i = lane; i < count; i += team) sum.add(value(i));
+  return sum.total(team, scratch);
+}
+// The same of both values of pairs.
+template <class Value> __device__ __forceinline__ Pair pairs_in_any_order(int count, int lane, int team, double* scratch, Value value) {
+  Pair largest = {0, 0};
+  for (int i = lane; i < count; i += team) {
+    const Pair v = value(i);
+    largest = {fmax(largest.a, fabs(v.a)), fmax(largest.b, fabs(v.b))};
+  }
+  AnyOrder a(count, team_max(largest.a, team, scratch)), b(count, team_max(largest.b, team, scratch));
+  for (int i = lane; i < count; i += team) {
+    const Pair v = value(i);
+    a.add(v.a);
+    b.add(v.b);
+  }
+  const double sum_a = a.total(team, scratch);
+  return {sum_a, b.total(team, scratch)};
 }
 
 // The unit that is number i of `units`, each a run of elements in shared memory. Runs of an odd number of 2-byte elements are
@@ -496,7 +594,7 @@ struct Place {
 };
 
 // Op: Input (where a row's elements come from), Values<K> (K of them), Entry (what a channel of a sample needs), Group and
-// Scale (the parts of it that its group and its channel need), and unit(n, c), group(unit), scale(c), entry(group, scale),
+// Scale (the parts of it that its group and its channel need), grouping, and group(unit), scale(c), entry(group, scale),
 // slow(entry), load(values, from, element, n, r, q, aligned), fast(entry, values, k); for slow entries the same in float64,
 // ExactGroup, exact_group(unit) and exact(group, c, values, k). all_slow() tells that no entry is fast, rows_aligned() that
 // vectors of a row are aligned where those of the result are, UNROLL how many a thread loads at once, FEW_REGISTERS that
@@ -522,7 +620,7 @@ __device__ __forceinline__ void look_up(const Op& op, Place place, int here, con
   int unit = -1;  // whose it is
 #pragma unroll
   for (int k = 0; k < ENTRIES; ++k) {
-    const int other = op.unit(place.n, place.c);
+    const int other = op.grouping.unit(place.n, place.c);
     if (other != unit) group = op.group(unit = other);
     entry[k] = op.entry(group, op.scale(place.c));
     if (k + 1 < ENTRIES) {
@@ -555,7 +653,7 @@ __device__ __forceinline__ void apply_slowly(const Op& op, Place place, int firs
   uint4 vector = {};
 #pragma unroll 1
   for (int k = first; k < last; ++k) {
-    const int unit = op.unit(place.n, place.c);
+    const int unit = op.grouping.unit(place.n, place.c);
     const typename Op::Entry one = op.entry(op.group(unit), op.scale(place.c));
     typename Op::template Values<1> values;
     op.load(values, from, k, place.n, place.r, place.c * box.ncol + place.i, true);
@@ -581,7 +679,7 @@ __device__ __forceinline__ void mixed_vector(const Op& op, Place place, const Bo
   int unit = -1;  // whose they are
 #pragma unroll
   for (int k = 0; k < VY; ++k) {
-    const int other = op.unit(place.n, place.c);
+    const int other = op.grouping.unit(place.n, place.c);
     if (other != unit) {
       group = op.group(other);
       exact_group = op.exact_group(other);
@@ -703,25 +801,26 @@ template <bool SLOW, class Op> __device__ __forceinline__ bool apply_in_lines(co
         continue;
       }
       typename Op::Scale scale[ENTRIES];
-      int channel[ENTRIES];
+      int group_of[ENTRIES];  // of sample 0
       bool one_group = true;
       const bool look = !(SLOW && op.all_slow());
       if (look) {
         Place next = place;
 #pragma unroll
         for (int k = 0; k < ENTRIES; ++k) {
-          channel[k] = next.c;
+          group_of[k] = op.grouping.of(next.c);
           scale[k] = op.scale(next.c);
-          one_group = one_group && op.unit(0, next.c) == op.unit(0, c);
+          one_group = one_group && group_of[k] == group_of[0];
           next.step(box);
         }
       }
       for (place.n = slot; place.n < box.ns; place.n += units.slots) {
         if (look) {
-          typename Op::Group group = op.group(op.unit(place.n, c));
+          const int of_sample = place.n * op.grouping.groups;
+          typename Op::Group group = op.group(of_sample + group_of[0]);
 #pragma unroll
           for (int k = 0; k < ENTRIES; ++k) {
-            if (!one_group) group = op.group(op.unit(place.n, channel[k]));
+            if (!one_group) group = op.group(of_sample + group_of[k]);
             entry[k] = op.entry(group, scale[k]);
           }
         }
@@ -796,7 +895,7 @@ template <class Op> __device__ __forceinline__ void apply_anywhere(const Op& op,
         if constexpr (KEEP) {
           one = ENTRIES == 2 && k >= here ? entry[ENTRIES - 1] : entry[ENTRIES == VY ? k : 0];
         } else {
-          const int other = op.unit(next.n, next.c);
+          const int other = op.grouping.unit(next.n, next.c);
           if (other != unit) group = op.group(unit = other);
           one = op.entry(group, op.scale(next.c));
           plain = plain && !op.slow(one);

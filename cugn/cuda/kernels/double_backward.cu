@@ -251,7 +251,7 @@ template <bool OF_X> struct Second {
   const SecondWork& work;
   const Mask mask;
   const Box& box;
-  const Divisor by_group;
+  const Grouping grouping;
 
   struct Full {
     double high, low, rstd, unit, u_mean, weight, bias;
@@ -274,9 +274,6 @@ template <bool OF_X> struct Second {
   };
   static constexpr int UNROLL = 1;
 
-  __device__ __forceinline__ int unit(int n, int c) const {
-    return n * box.groups + (box.groups == 1 ? 0 : by_group.quotient(c));
-  }
   __device__ __forceinline__ int group(int u) const { return u; }
   __device__ __forceinline__ int scale(int c) const { return c; }
   __device__ __forceinline__ Full full(int u, int c) const {
@@ -355,7 +352,7 @@ extern "C" __global__ void SECOND_BOUNDS
 #endif
   copies_arrived();
   __syncthreads();
-  apply(Second<false>{tiles, work, mask, box, Divisor(box.group_channels)}, Global<y_t>(gdy, gdy_sn, gdy_so, box, inner), box);
-  apply(Second<true>{tiles, work, mask, box, Divisor(box.group_channels)}, Global<y_t>(gx, gx_sn, gx_so, box, inner), box);
+  apply(Second<false>{tiles, work, mask, box, Grouping(box)}, Global<y_t>(gdy, gdy_sn, gdy_so, box, inner), box);
+  apply(Second<true>{tiles, work, mask, box, Grouping(box)}, Global<y_t>(gx, gx_sn, gx_so, box, inner), box);
 }
 #endif

@@ -9,18 +9,19 @@
 // Requires: blocks of a power of two of threads, at least 32 and as many as the launch bounds say at most; dynamic shared memory as
 // config.Box.shared says; x and y may be the same memory where they have the same strides.
 //
-// Options: X_DTYPE, Y_DTYPE, ACTIVATION, MASKED, VECTOR_CHANNELS.
+// Options: X_DTYPE, Y_DTYPE, ACTIVATION, MASKED, VECTOR_CHANNELS; LABELLED, for `forward` where S = 1.
 
 #ifdef KERNEL_FORWARD
 // One block a box: groups of one or more samples.
 extern "C" __global__ void FORWARD_BOUNDS
     forward(BOX_PARAMETERS, const int team, const x_t* x, const long long x_sn, const long long x_so,
             PARAMETERS, const double eps, y_t* y,
-            const long long y_sn, const long long y_so, double* mean, double* rstd MASK_PARAMETERS) {
+            const long long y_sn, const long long y_so, double* mean, double* rstd MASK_PARAMETERS LABEL_PARAMETERS) {
   const Box box(BOX_ARGUMENTS, blockIdx.x);
-  const int most_units = samples * max(1, channels / D);
+  const Grouping grouping LABELS_OF(box);
+  const int G = LABELLED ? grouping.groups : C / D;
   double* scratch = shared;
-  const Tables tables(shared + SCRATCH, most_units, channels, 0);
+  const Tables tables(shared + SCRATCH, samples * (LABELLED ? G : max(1, channels / D)), channels, 0);
   unsigned char* bytes = align_16(tables.end());
 
   const Global<const x_t> source(x, x_sn, x_so, box, inner);
@@ -35,10 +36,14 @@ extern "C" __global__ void FORWARD_BOUNDS
   copies_arrived();
   __syncthreads();
 
-  const int units = box.ns * box.groups, teams = blockDim.x / team, lane = threadIdx.x & (team - 1);
+  const int units = box.ns * grouping.groups, teams = blockDim.x / team, lane = threadIdx.x & (team - 1);
   for (int first = 0; first < units; first += teams) {
-    const int u = in_turn(first + threadIdx.x / team, units, box.run), n = u / box.groups, k = u - n * box.groups;
+    const int u = in_turn(first + threadIdx.x / team, units, box.run), n = u / grouping.groups, k = u - n * grouping.groups;
+#if LABELLED
+    Moments m = moments_of_label(tile, mask, grouping, n, k, u < units ? grouping.channels(k) : 0, lane, team, scratch);
+#else
     Moments m = moments_of(tile, mask, box, n, k, u < units ? box.nr : 0, lane, team, scratch);
+#endif
     if (u < units && lane == 0) {
       m.fit(eps);
       tables.hold(u, m);
@@ -48,15 +53,15 @@ extern "C" __global__ void FORWARD_BOUNDS
   for (int u = threadIdx.x; u < units; u += blockDim.x) {  // a thread a group: a team would leave all but one lane idle
     const Moments m = tables.held(u);
     const double r = m.rstd(eps);
-    const int n = u / box.groups;
-    const long long at = (box.n0 + n) * (C / D) + box.g0 + (u - n * box.groups);
+    const int n = u / grouping.groups;
+    const long long at = (box.n0 + n) * G + box.g0 + (u - n * grouping.groups);
     tables.finish(u, m, r);
     mean[at] = m.mean / m.unit;
     rstd[at] = r * m.unit;
   }
   __syncthreads();
 
-  const Normalization<Shared<x_t>> operation(tile, tables, box);
+  const Normalization<Shared<x_t>> operation = {tile, tables, grouping};
   apply(operation, Global<y_t>(y, y_sn, y_so, box, inner), box);
 }
 #endif
@@ -143,29 +148,31 @@ extern "C" __global__ void MERGE_BOUNDS
 #endif
 
 #ifdef KERNEL_MERGE_LABELS
-// One block a group of a sample, of the channels order[bounds[g]] ... order[bounds[g + 1] - 1]: merges their moments,
+// One team a group of a sample, of the channels order[bounds[g]] ... order[bounds[g + 1] - 1]: merges their moments,
 // channel_moments: (N, C, PART). The sums do not depend on the order of the channels, to the bit.
 extern "C" __global__ void MERGE_BOUNDS
-    merge_labels(const double* channel_moments, const int C, const int G, const int* order, const int* bounds, RESULTS) {
+    merge_labels(const double* channel_moments, const long long groups_of_all, const int C, const int G, const int team,
+                 const int* order, const int* bounds, RESULTS) {
   double* scratch = shared;
-  const long long n = blockIdx.x / G;
-  const int g = (int)(blockIdx.x - n * G), channels = bounds[g + 1] - bounds[g];
+  const long long group = (long long)blockIdx.x * (blockDim.x / team) + threadIdx.x / team, n = group / G;
+  const int g = (int)(group - n * G), channels = group < groups_of_all ? bounds[g + 1] - bounds[g] : 0;
+  const int lane = threadIdx.x & (team - 1);
   const auto of = [&](int k) { return channel_moments + PART * (n * C + order[bounds[g] + k]); };
-  const auto sum = [&](auto value) { return sum_in_any_order(channels, threadIdx.x, blockDim.x, scratch, value); };
+  const auto sum = [&](auto value) { return sum_in_any_order(channels, lane, team, scratch, value); };
   Moments m;
   m.count = sum([&](int k) { return of(k)[3]; });
   // The unit of the largest channel, then one that keeps the squares in range.
   double most = 0, largest = 0;
   if (REAL_IS_DOUBLE) {
-    for (int k = threadIdx.x; k < channels; k += blockDim.x)
+    for (int k = lane; k < channels; k += team)
       if (of(k)[3] > 0) most = fmax(most, 1 / of(k)[4]);
-    most = team_max(most, blockDim.x, scratch);
+    most = team_max(most, team, scratch);
   }
   m.unit = REAL_IS_DOUBLE && most > 0 ? 1 / most : 1;
   const auto to_unit = [&](int k) { return REAL_IS_DOUBLE ? m.unit / of(k)[4] : 1; };
-  for (int k = threadIdx.x; k < channels; k += blockDim.x)
+  for (int k = lane; k < channels; k += team)
     if (of(k)[3] > 0) largest = fmax(largest, fmax(fabs(of(k)[0]), of(k)[2]) * to_unit(k));
-  largest = team_max(largest, blockDim.x, scratch);
+  largest = team_max(largest, team, scratch);
   if (!(largest > 1e-130 && largest < 1e130)) m.unit *= to_unity(largest);
   const double centre = sum([&](int k) { return of(k)[3] > 0 ? of(k)[3] * (of(k)[0] * to_unit(k)) : 0; }) / m.count;
   const auto distance = [&](int k) { return (of(k)[0] * to_unit(k) - centre) + of(k)[1] * to_unit(k); };
@@ -175,8 +182,8 @@ extern "C" __global__ void MERGE_BOUNDS
     return of(k)[3] > 0 ? fma(root, root, of(k)[3] * (d * d)) : 0;
   });
   two_sum(centre, correction, m.mean, m.low);
-  const Results results = RESULTS_OF((long long)gridDim.x);
-  if (threadIdx.x == 0) results.write(m, blockIdx.x);
+  const Results results = RESULTS_OF(groups_of_all);
+  if (lane == 0 && group < groups_of_all) results.write(m, group);
 }
 #endif
 
@@ -195,7 +202,7 @@ extern "C" __global__ void APPLY_BOUNDS
     tables.set(u, have_planes ? statistic_of({planes, N * G}, group) : given_statistic(mean, rstd, group));
   });
   __syncthreads();
-  const Normalization<Global<const x_t>> operation(Global<const x_t>(x, x_sn, x_so, box, inner), tables, box);
+  const Normalization<Global<const x_t>> operation = {Global<const x_t>(x, x_sn, x_so, box, inner), tables, Grouping(box)};
   apply(operation, Global<y_t>(y, y_sn, y_so, box, inner), box);
 }
 #endif

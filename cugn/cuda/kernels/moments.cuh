@@ -77,12 +77,13 @@ __device__ __forceinline__ Moments moments_of(const Shared<x_t>& x, const Mask& 
        [&](auto width, int r, int i) {
          constexpr int K = decltype(width)::value;
          real v[K];
+         bool used[K];
          read<X_DTYPE, K>(x, n, r, q0 + i, v);
+         mask.read(n, r, q0 + i, used);
 #pragma unroll
          for (int j = 0; j < K; ++j) {
-           const bool used = mask.at(n, r, q0 + i + j);
-           if (!used) v[j] = 0;
-           run_count += used;
+           if (!used[j]) v[j] = 0;
+           run_count += used[j];
          }
          if constexpr (EXACT_MEAN) {
            double wide[K];
@@ -122,15 +123,17 @@ __device__ __forceinline__ Moments moments_of(const Shared<x_t>& x, const Mask& 
        [&](auto width, int r, int i) {
          constexpr int K = decltype(width)::value;
          real v[K];
+         bool used[K];
          read<X_DTYPE, K>(x, n, r, q0 + i, v);
+         mask.read(n, r, q0 + i, used);
 #pragma unroll
          for (int j = 0; j < K; ++j) {
            if (few) {
-             const double d = mask.at(n, r, q0 + i + j) ? (double)v[j] - average : 0;
+             const double d = used[j] ? (double)v[j] - average : 0;
              s1 += d;
              s2 = fma(d, d, s2);
            } else {
-             const real d = mask.at(n, r, q0 + i + j) ? v[j] - estimate : (real)0;
+             const real d = used[j] ? v[j] - estimate : (real)0;
              if (!EXACT_MEAN) run_1 += d;
              run_2 = fma(d, d, run_2);
            }
@@ -190,6 +193,53 @@ __device__ __forceinline__ Moments moments_of(const Shared<x_t>& x, const Mask& 
   if (!(total.b == total.b)) m.m2 = total.b;  // fmax would drop a NaN
   return m;
 }
+
+#if LABELLED
+// Moments of label group g of sample n, by a team, whatever the order of its channels, to the bit: in float64, a mean, and then
+// the sums of the differences from it, as moments_of. In a unit where a square might leave the range.
+__device__ __forceinline__ Moments moments_of_label(const Shared<x_t>& x, const Mask& mask, const Grouping& grouping, int n,
+                                                    int g, int channels, int lane, int team, double* scratch) {
+  const auto used = [&](int c) { return mask.at(n, 0, c); };
+  const auto value = [&](int c) { return to_double<X_DTYPE>(x.data[x.index(n, 0, c)]); };
+  double largest = 0, elements = 0;
+  for (int k = lane; k < channels; k += team) {
+    const int c = grouping.channel(g, k);
+    if (!used(c)) continue;
+    largest = fmax(largest, fabs(value(c)));
+    ++elements;
+  }
+  largest = team_max(largest, team, scratch);
+  Moments m;
+  m.count = MASKED ? team_sum(elements, team, scratch) : channels;
+  m.unit = REAL_IS_DOUBLE && !(largest > 1e-100 && largest < 1e100) ? to_unity(largest) : 1;
+  const auto scaled = [&](int c) { return REAL_IS_DOUBLE ? value(c) * m.unit : value(c); };
+  AnyOrder sum(channels, largest * m.unit);
+  for (int k = lane; k < channels; k += team) {
+    const int c = grouping.channel(g, k);
+    if (used(c)) sum.add(scaled(c));
+  }
+  const double centre = sum.total(team, scratch) / m.count;
+  double distance = 0;
+  for (int k = lane; k < channels; k += team) {
+    const int c = grouping.channel(g, k);
+    if (used(c)) distance = fmax(distance, fabs(scaled(c) - centre));
+  }
+  distance = team_max(distance, team, scratch);
+  AnyOrder rest(channels, distance), squares(channels, distance * distance);
+  for (int k = lane; k < channels; k += team) {
+    const int c = grouping.channel(g, k);
+    if (!used(c)) continue;
+    const double d = scaled(c) - centre;
+    rest.add(d);
+    squares.add(d * d);
+  }
+  const double left = rest.total(team, scratch), about_centre = squares.total(team, scratch);
+  two_sum(centre, left / m.count, m.mean, m.low);
+  m.m2 = fmax(about_centre - left * (left / m.count), 0.0);
+  if (!(about_centre == about_centre)) m.m2 = about_centre;  // fmax would drop a NaN
+  return m;
+}
+#endif
 
 // What is written of the moments of a part of a group: mean, low, root of m2, count; in float64 arithmetic the unit.
 constexpr int PART = REAL_IS_DOUBLE ? 5 : 4;
@@ -484,11 +534,7 @@ struct Affine {
 template <class From> struct Normalization {
   const From x;
   const Tables tables;
-  const Box& box;
-  const Divisor by_group;
-
-  __device__ __forceinline__ Normalization(const From& x, const Tables& tables, const Box& box)
-      : x(x), tables(tables), box(box), by_group(box.group_channels) {}
+  const Grouping grouping;
 
   typedef Affine Entry;
   typedef Centre Group;
@@ -501,9 +547,6 @@ template <class From> struct Normalization {
   // Loads in flight; registers limit them, above all beside erfc.
   static constexpr int UNROLL = ACTIVATION == GELU && ENTRIES == 8 ? 1 : !From::FAR ? 2 : ENTRIES == 4 ? 3 : 4;
 
-  __device__ __forceinline__ int unit(int n, int c) const {
-    return n * box.groups + (box.groups == 1 ? 0 : by_group.quotient(c));
-  }
   __device__ __forceinline__ Centre group(int u) const { return tables.centre(u); }
   __device__ __forceinline__ Scale scale(int c) const { return tables.scale(c); }
   __device__ __forceinline__ Affine entry(const Centre& centre, const Scale& scale) const {
