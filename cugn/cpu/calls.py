@@ -20,6 +20,7 @@ from .phases import GATES, Kernel, Kind, Phase
 Array = Any
 SPARE_BYTES = 64 << 10
 COMPILING_BYTES = 256 << 20
+KINDS = {"float32": w.FLOAT32, "float64": w.FLOAT64, "float16": w.FLOAT16, "bfloat16": w.BFLOAT16}
 SMALL_GROUP = 32
 """Elements of a group up to which the backward computes in float64: dx of two elements is what is left when dy
 cancels.
@@ -124,19 +125,17 @@ def _memory(size: int) -> Array:
 
 
 def _plain(vector: Array) -> bool:
-    return vector is None or (vector.dtype.char in "fd" and vector.strides[0] == vector.itemsize)
+    return vector is None or vector.strides[0] == vector.itemsize
 
 
 def _vector(vector: Array) -> Array:
-    """A vector over the channels as a kernel reads it: contiguous, float32 or float64."""
-    return (
-        None if vector is None else np.ascontiguousarray(vector, np.float64 if vector.dtype.char == "d" else np.float32)
-    )
+    """A vector over the channels as a kernel reads it: contiguous."""
+    return None if vector is None else np.ascontiguousarray(vector)
 
 
 def _kind(vector: Array, otherwise: str) -> int:
-    """1 for a float64 vector."""
-    return int((otherwise if vector is None else vector.dtype.name) == "float64")
+    """Dtype of a vector, as the kernels have it in WEIGHT_KIND and BIAS_KIND."""
+    return KINDS[otherwise if vector is None else vector.dtype.name]
 
 
 def _ready(operation: str, steps: list[Phase], shape: geometry.Geometry, weight: Array, bias: Array) -> _Ready:
@@ -278,24 +277,15 @@ def backward(
         mean, rstd = _statistics(plan, mean), _statistics(plan, rstd)
     if not ready.plain:
         weight, bias = _vector(weight), _vector(bias)
-    dtype = np.float64 if plan.weight_dtype == "float64" else np.float32
-    dweight = np.empty(plan.C, dtype)
-    dbias = np.empty(plan.C, dtype)
+    dweight, dbias = channel_gradients(plan)
     weight_id = 0 if weight is None else id(weight)
     bias_id = 0 if bias is None else id(bias)
     mask = 0 if where is None else id(where)
     enter(ready, id(x), id(dy), id(out), weight_id, bias_id, id(mean), id(rstd), id(dweight), id(dbias), mask, given, 0)
-    return out, *in_weight_dtype(plan, dweight, dbias)
+    return out, dweight, dbias
 
 
-def in_weight_dtype(plan: Plan, *sums: Array) -> tuple[Array, ...]:
-    """Gradients of the channels as the caller gets them; beyond the range of a 16-bit type they are infinite."""
-    if plan.weight_dtype not in ("float16", "bfloat16"):
-        return sums
-    dtype: Any = np.float16
-    if plan.weight_dtype == "bfloat16":
-        import ml_dtypes
-
-        dtype = ml_dtypes.bfloat16
-    with np.errstate(over="ignore"):
-        return tuple(values.astype(dtype) for values in sums)
+def channel_gradients(plan: Plan) -> tuple[Array, Array]:
+    """Arrays for dweight and dbias; beyond the range of a 16-bit type they become infinite."""
+    dtype = plan.weight_dtype
+    return np.empty(plan.C, dtype), np.empty(plan.C, dtype)

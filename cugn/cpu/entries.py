@@ -80,8 +80,8 @@ def start_tangents(geometry: int, call: int, x: int, u: int, tweight: int, tbias
     store_i64(call, 1, data_of(u))
     store_i64(call, w.CALL_ONLY, 0)
     channels = word(geometry, w.C)
-    load_vector(tangent_at(geometry, call, 0), data_of(tweight), 1, channels, 0.0)
-    load_vector(tangent_at(geometry, call, 1), data_of(tbias), 1, channels, 0.0)
+    load_vector(tangent_at(geometry, call, 0), data_of(tweight), w.FLOAT64, channels, 0.0)
+    load_vector(tangent_at(geometry, call, 1), data_of(tbias), w.FLOAT64, channels, 0.0)
 
 
 @inner

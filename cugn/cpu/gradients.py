@@ -17,6 +17,8 @@ from .sums import accumulate
 _load64, _ = loader("float64", "float64")
 _, _store64_part, _ = storer("float64", "float64")
 _, _store32_part, _ = storer("float32", "float64")
+_, _store_half_part, _ = storer("float16", "float64")
+_, _store_bfloat_part, _ = storer("bfloat16", "float64")
 
 
 @inner
@@ -71,7 +73,12 @@ def write_gradients(geometry: int, work: int, dweight: int, dbias: int) -> None:
                 moved = total + term
                 lost += rounding(total, term, moved) + _load64(here + size // 4)
                 total = moved
-            if word(geometry, w.WEIGHT_KIND) == 0:
-                _store32_part(target + 4 * c, total + lost, min(LANES, channels - c))
+            kind, here, total = word(geometry, w.WEIGHT_KIND), min(LANES, channels - c), total + lost
+            if kind == w.FLOAT32:
+                _store32_part(target + 4 * c, total, here)
+            elif kind == w.FLOAT64:
+                _store64_part(target + 8 * c, total, here)
+            elif kind == w.FLOAT16:
+                _store_half_part(target + 2 * c, total, here)
             else:
-                _store64_part(target + 8 * c, total + lost, min(LANES, channels - c))
+                _store_bfloat_part(target + 2 * c, total, here)

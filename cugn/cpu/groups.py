@@ -9,7 +9,7 @@ from . import words as w
 from .access import word
 from .compile import general, inner
 from .convert import loader, storer, to_compute
-from .memory import bits_float, load_f32, load_f64, load_i64, store_f64, store_i64
+from .memory import bits_float, load_f64, load_i64, store_f64, store_i64
 from .simd import (
     LANES,
     both,
@@ -21,13 +21,16 @@ from .simd import (
     select,
     splat,
     vector_abs,
-    widen_scalar,
     without,
 )
 from .statistics import record_writer, rstd_of, statistics
 
 _HEADER = object.__basicsize__
-_load64, _ = loader("float64", "float64")
+_load64, _load64_part = loader("float64", "float64")
+_, _load32_part = loader("float32", "float64")
+_, _load_half_part = loader("float16", "float64")
+_, _load_bfloat_part = loader("bfloat16", "float64")
+_, _store64_part, _ = storer("float64", "float64")
 
 
 @inner
@@ -53,15 +56,19 @@ def join(geometry: int, work: int, role: int) -> int:
 @general
 def load_vector(target: int, source: int, kind: int, count: int, default: float) -> None:
     """A vector over the channels as float64, `default` where there is none."""
-    if source == 0:
-        for c in range(count):
-            store_f64(target, c, default)
-    elif kind == 0:
-        for c in range(count):
-            store_f64(target, c, widen_scalar(load_f32(source, c)))
-    else:
-        for c in range(count):
-            store_f64(target, c, load_f64(source, c))
+    for c in range(0, count, LANES):
+        here = min(LANES, count - c)
+        if source == 0:
+            value = splat(default)
+        elif kind == w.FLOAT32:
+            value = _load32_part(source + 4 * c, here)
+        elif kind == w.FLOAT64:
+            value = _load64_part(source + 8 * c, here)
+        elif kind == w.FLOAT16:
+            value = _load_half_part(source + 2 * c, here)
+        else:
+            value = _load_bfloat_part(source + 2 * c, here)
+        _store64_part(target + 8 * c, value, here)
 
 
 @inner

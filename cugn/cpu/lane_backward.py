@@ -144,7 +144,7 @@ def backward_block(x: str, y: str, compute: str, activation: str | None, labelle
         there = first_lanes(count)
         for g in range(word(geometry, w.GROUPS)):
             first, size = channels_of(geometry, g)
-            if exact or masked or not given or word(geometry, w.WEIGHT_KIND) == 1:
+            if exact or masked or not given or word(geometry, w.WEIGHT_KIND) == w.FLOAT64:
                 mean, rest, m2, values, scale = moments(geometry, g, turned, mask, eps)
                 if given:
                     # of the mean alone one float64 is not enough (nor for a dweight in float64), or it may be that of

@@ -44,7 +44,6 @@ def _scalar_access(numba_type: Any, llvm_type: ir.Type) -> tuple[Any, Any]:
 
 load_i64, store_i64 = _scalar_access(types.int64, I64)
 load_f64, store_f64 = _scalar_access(types.float64, ir.DoubleType())
-load_f32, store_f32 = _scalar_access(types.float32, ir.FloatType())
 load_i32, store_i32 = _scalar_access(types.int32, ir.IntType(32))
 load_u16, store_u16 = _scalar_access(types.uint16, I16)
 load_u8, store_u8 = _scalar_access(types.uint8, I8)

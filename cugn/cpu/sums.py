@@ -22,10 +22,10 @@ from .simd import LANES, equal, first_lanes, fma, folded_sums, reduce_add, selec
 from .touch import touch_rows
 from .words import FOLDED_SUM, SUMS
 
-_ROWS = 4
 _CHAIN = 4
 """float32 terms of a lane that are added before float64 takes over."""
-_STEPS = 8  # additions of float64 lanes before the rounding of their sum is kept
+_STEPS = 8
+"""The same of float64, before the rounding of their sum is kept; of columns that costs as much as four rows do."""
 _load64, _load64_part = loader("float64", "float64")
 _store64, _store64_part, _ = storer("float64", "float64")
 
@@ -50,6 +50,7 @@ def sum_kernels(v: str, x: str, compute: str, activation: str | None, keeps: boo
     active = activation is not None
     v_size, x_size = itemsize(v), itemsize(x)
     c_size = 8 if double else 4
+    together = _STEPS if double else _CHAIN  # rows of columns
 
     @inner
     def run_careful(
@@ -328,13 +329,13 @@ def sum_kernels(v: str, x: str, compute: str, activation: str | None, keeps: boo
                 _store64(own + k * each64 + 8 * j, splat(0.0))
         done = 0
         while done < rows:
-            here = min(_ROWS, rows - done)
+            here = min(together, rows - done)
             pv_here = pv + done * v_step
             px_here = px + done * x_step
             touch_rows(pv_here, v_step, here, cols * v_size, touched // 2)
             touch_rows(px_here, x_step, here, cols * x_size, touched // 2)
-            if here == _ROWS:
-                some_columns(pv_here, v_step, px_here, x_step, _ROWS, cols, own, each64, coefficients, each)
+            if here == together:
+                some_columns(pv_here, v_step, px_here, x_step, together, cols, own, each64, coefficients, each)
             else:
                 some_columns(pv_here, v_step, px_here, x_step, here, cols, own, each64, coefficients, each)
             done += here

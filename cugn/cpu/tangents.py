@@ -18,7 +18,7 @@ from .calls import (
     _ready,
     _smallest,
     _vector,
-    in_weight_dtype,
+    channel_gradients,
 )
 from .parts import run
 from .phases import GATES
@@ -86,9 +86,8 @@ def double_backward(
     """Gradients with respect to dy, x, weight and bias."""
     gdy, gx = _empty_result(plan, x), _empty_result(plan, x)
     ready = _prepared(plan, "double_backward", [x, ddx, dy, gdy, gx], weight, bias, where)
-    dtype = np.float64 if plan.weight_dtype == "float64" else np.float32
-    gweight, gbias = np.empty(plan.C, dtype), np.empty(plan.C, dtype)
+    gweight, gbias = channel_gradients(plan)
     statistics = np.empty(plan.stats_shape), np.empty(plan.stats_shape)
     vectors = (_vector(weight), _vector(bias), _tangent(ddweight), _tangent(ddbias))
     run(ready, x, ddx, dy, gdy, gx, *vectors, *statistics, gweight, gbias, where)
-    return gdy, gx, *in_weight_dtype(plan, gweight, gbias)
+    return gdy, gx, gweight, gbias

@@ -26,8 +26,9 @@ from __future__ import annotations
 (WEIGHT_AT, BIAS_AT, OWN_STORE_AT, BLOCKS_AT, COEFFICIENTS_AT, COEFFICIENT_BYTES, PIECES_AT, PIECE_BYTES) = range(
     36, 44
 )
-# streaming stores; eps as bits; dtypes of the vectors of length C (0 float32, 1 float64)
+# streaming stores; eps as bits; dtypes of the vectors of length C
 (STREAM, EPS, WEIGHT_KIND, BIAS_KIND) = range(44, 48)
+(FLOAT32, FLOAT64, FLOAT16, BFLOAT16) = range(4)
 # addresses of the labels' arrays (0 without labels)
 (LABELS, ORDER, BOUNDS) = range(48, 51)
 # sums in the backward: samples of one partial sum, and how many partial sums
