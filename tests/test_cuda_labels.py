@@ -201,3 +201,26 @@ def test_beyond_a_block(dtype: str) -> None:
     for device in (host_cupy.H100, small):
         with emulated(device, mode="fast") as library:
             check_call(library, random((N, C), dtype), labels.tolist(), False)
+
+
+@EMULATOR_NEEDED
+def test_one_going_through(checked: Library) -> None:
+    """Samples that fit in a block are read once and written once, by one kernel; dweight and dbias take another."""
+    N, C, labels = TABLES["many"]
+    x, dy, weight, bias = random((N, C), "float32")
+    X, DY, W, B = (checked.array(v) for v in (x, dy, weight, bias))
+    for inputs, kernels, call in (
+        (("x",), ["forward"], lambda: cugn.group_norm(X, labels.tolist(), W, B)),
+        (
+            ("x", "dy"),
+            ["backward", "parameter_gradients"],
+            lambda: cugn.group_norm_backward(DY, X, labels.tolist(), W, B),
+        ),
+    ):
+        call()  # brings the labels to the device
+        with simt.recorded() as launches:
+            call()
+        assert [launch.kernel for launch in launches] == kernels
+        buffers = launches[0].buffers
+        assert all(buffers[name].read.bytes == x.nbytes for name in inputs)
+        assert buffers["y" if inputs == ("x",) else "dx"].write.bytes == x.nbytes

@@ -548,8 +548,8 @@ extern "C" __global__ void BACKWARD_BOUNDS
 // One block a box of one sample, which may be a part of a group. Writes the sums of v and of v (x - mean of the box), x in
 // the box's unit, of each channel, sums: (N, spatial parts, C, 2); and the moments of each group in the box, (N, parts, G,
 // PART), of which the squares are not to be used where the caller gave an rstd: of float32 arrays they are then not taken, a
-// pass of three less. With have_statistics, in `planes`, it is v x_hat under them, and no moments are written; labels, the group of each
-// channel, need them (labelled).
+// pass of three less. With have_statistics, in `planes`, it is v x_hat under them, and no moments are written; labels, the
+// group of each channel, need them (labelled).
 extern "C" __global__ void BACKWARD_SUMS_BOUNDS
     backward_sums(BOX_PARAMETERS, const int group_team, const int channel_team, const x_t* x, const long long x_sn,
                   const long long x_so, const x_t* dy, const long long dy_sn, const long long dy_so, PARAMETERS,
