@@ -199,7 +199,7 @@ def gpu_times_part() -> str:
 
 
 def _gpu_features(table: str) -> tuple[str, ...]:
-    title = "Labels, masks and activations, float32: forward / backward in times of the plain call, with cold caches, too."
+    title = "Labels, masks and activations in float32: forward / backward, in times of the plain call."
     return (title, "", table, "")
 
 
