@@ -11,7 +11,8 @@ import pytest
 
 import cugn
 from cugn import engines
-from cugn.plan import Each, Plan, dtype_name
+from cugn import plan as plan_module
+from cugn.plan import Each, Plan, dtype_name, groups_key
 
 
 def plan_of(x: np.ndarray, groups: Any, operands: dict[str, np.ndarray] | None = None, **options: Any) -> Plan:
@@ -176,3 +177,36 @@ def test_engines() -> None:
         assert serving.serves(plan_of(X, 3), name)
         assert serving.__name__ in ("cugn.cpu", "cugn.reference")
     assert engines.resolve("forward", X.astype(">f4"), *call)[0].__name__ == "cugn.reference"
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_labels_are_known_again(kind: Any) -> None:
+    """The same object with the same labels has the same key, with others another one; equal keys are one entry."""
+    labels = kind([2, 0, 1, 0, 2, 2])
+    key = groups_key(labels)
+    assert groups_key(labels) is key
+    assert groups_key([2, 0, 1, 0, 2, 2]) == key == (2, 0, 1, 0, 2, 2)
+    assert hash(groups_key([2, 0, 1, 0, 2, 2])) == hash(key)
+    if kind is not tuple:
+        labels[0] = 1
+        assert groups_key(labels) == (1, 0, 1, 0, 2, 2)
+        assert groups_key(labels) != key
+
+
+def test_changed_labels_change_the_groups() -> None:
+    """Through the public function, in a list and in an array that the caller writes to between two calls."""
+    x = np.random.default_rng(0).normal(size=X.shape)
+    for labels in ([0, 0, 1, 1, 1, 1], np.array([0, 0, 1, 1, 1, 1])):
+        before = cugn.group_norm(x, labels)
+        labels[1] = 1
+        after = cugn.group_norm(x, labels)
+        np.testing.assert_array_equal(after, cugn.group_norm(x, (0, 1, 1, 1, 1, 1)))
+        assert not np.array_equal(before, after)
+
+
+def test_many_labels_are_forgotten() -> None:
+    """What is remembered of callers' objects is bounded."""
+    kept = [[k % 3, 0, 1, 2, 0, 1] for k in range(1000)]
+    for labels in kept:
+        assert groups_key(labels) == tuple(labels)
+    assert len(plan_module._known) <= plan_module._MOST_KNOWN

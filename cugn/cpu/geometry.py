@@ -235,7 +235,9 @@ def of(
     if by_columns or (by_rows and sums):
         room = max(room, 8 * max(6, 2 + 2 * sums) * columns)
     if labelled:  # fields of a chunk's channels; partials of all channels, merged, then sorted by group
-        room = max(room, 8 * 4 * _padded(channels) + 2 * FOLDED_SUM, 64 + 2 * w.PARTIAL_BYTES * _padded(C))
+        room = max(
+            room, 8 * 4 * _padded(channels) + 2 * FOLDED_SUM + 2 * 8 * LANES, 64 + 2 * w.PARTIAL_BYTES * _padded(C)
+        )
     real = 8 if "float64" in (plan.x_dtype, plan.y_dtype) else 4
     turned_bytes = LANES * real * _padded(C)
     statistics_at = turned_at = turned_mask_at = 0

@@ -34,6 +34,8 @@ from .simd import (
 from .sums import dot, total_of
 from .words import FOLDED, FOLDED_SUM
 
+_SINGLE = 2
+"""Elements beyond the last vector that are taken one by one: a vector of one is a quarter of the work on 7x7 images."""
 _load64, _ = loader("float64", "float64")
 _store64 = storer("float64", "float64")[0]
 
@@ -55,10 +57,12 @@ def short_runs(dtype: str, compute: str, itemsize: int) -> Any:
 
     @inner
     def runs(p: int, channels: int, count: int, scratch: int, folded: int) -> None:
+        singles = folded + 2 * FOLDED_SUM
         padded = 8 * ((channels + LANES - 1) // LANES * LANES)
         zero = splat(0.0)
         whole = count // LANES * LANES
-        tail = first_lanes(count - whole)
+        left = count - whole
+        tail = first_lanes(left)
         n = float(count)
         for c in range(channels):
             q = p + c * count * itemsize
@@ -76,18 +80,27 @@ def short_runs(dtype: str, compute: str, itemsize: int) -> Any:
                 d = widen(load(q + j * itemsize)) + minus
                 total += d
                 square = fma(d, d, square)
-            if whole < count:
-                d = select(tail, widen(load_part(q + whole * itemsize, count - whole)) + minus, zero)
+            last = 0.0
+            last_square = 0.0
+            if left > _SINGLE:
+                d = select(tail, widen(load_part(q + whole * itemsize, left)) + minus, zero)
                 total += d
                 square = fma(d, d, square)
+            else:
+                for j in range(whole, count):
+                    one = first_lane(widen(load_part(q + j * itemsize, 1))) - shift
+                    last += one
+                    last_square += one * one
+            store_f64(singles, c % LANES, last)
+            store_f64(singles, LANES + c % LANES, last_square)
             store_f64(scratch, c, shift)
             store_folded(folded + c % LANES * FOLDED, total)
             store_folded(folded + FOLDED_SUM + c % LANES * FOLDED, square)
             if c % LANES == LANES - 1 or c == channels - 1:
                 # the arrays are whole vectors: what is beyond the last channel is nothing that is read
                 at = scratch + 8 * (c - c % LANES)
-                _store64(at + padded, folded_sums(folded))
-                _store64(at + 2 * padded, folded_sums(folded + FOLDED_SUM))
+                _store64(at + padded, folded_sums(folded) + _load64(singles))
+                _store64(at + 2 * padded, folded_sums(folded + FOLDED_SUM) + _load64(singles + 8 * LANES))
                 _store64(at + 3 * padded, splat(n))
         finish_columns(scratch, channels)
 

@@ -36,7 +36,7 @@ from .touch import touch_rows
 from .words import PARTIAL_BYTES
 
 _ROWS = 8
-SHORT = 128
+SHORT = 256
 """Elements of a channel up to which channels are taken one after another, and finished 16 at a time."""
 _STEPS = 16  # additions of float64 lanes before the rounding of their sum is kept
 _load64, _ = loader("float64", "float64")
