@@ -251,7 +251,13 @@ def resident_box(problem: Problem, device: Device) -> Box | None:
             break
         box = larger
     most = min(limit, max(small, bytes_of(box, p) * 9 // 8))
-    return _laid_out(p, box, lambda box: bytes_of(box, p), most)
+    box = _laid_out(p, box, lambda box: bytes_of(box, p), most)
+    if p.outer == p.arrays == 1 and box.tiles < ENOUGH_BLOCKS:
+        # The fewer blocks there are, the more it counts when each ends; the teams, and so the sums, stay what they are.
+        # Not in the backward: with more warps for the same sums shared memory would take longer than global memory.
+        loads = box.elements // (1 if p.labels else p.vector)
+        box = replace(box, threads=max(box.threads, min(USUAL_THREADS, _power_of_two(loads))))
+    return box
 
 
 @lru_cache(maxsize=1024)
@@ -343,9 +349,6 @@ def _box(p: Problem, samples: int, rows: int, channels: int, columns: int) -> Bo
     threads = min(most, max(32, _power_of_two(elements // load // 4)))
     sample_tiles = -(-p.N // samples)
     channel_tiles = -(-p.C // channels) if channels >= p.D else p.G * parts_of_channels
-    if p.outer == parts == 1 and sample_tiles * channel_tiles < ENOUGH_BLOCKS:
-        # the fewer blocks there are, the more it counts when each ends; the teams, and so the sums, stay what they are
-        threads = max(threads, min(USUAL_THREADS, _power_of_two(elements // load)))
     groups = p.labels or max(1, channels // p.D)
     units = samples * groups
     group_chunks = max(1, rows * width // groups // load)

@@ -722,7 +722,7 @@ extern "C" __global__ void BACKWARD_APPLY_BOUNDS
 #ifdef KERNEL_PARAMETER_GRADIENTS
 // dweight and dbias of 8 channels a block, whose sums are two sectors of a row, from partial: (rows, C, 2), to every `step`th
 // element of theirs. Eight threads take a part of the rows, every so many; the sums of the parts, a power of two, are added in
-// a tree.
+// a tree: those of a warp by shuffles.
 template <class Partial>
 __device__ __forceinline__ void add_rows(const Partial* partial, int rows, int C, void* dweight, void* dbias, int dtype, int step) {
   const int c = blockIdx.x * 8 + (threadIdx.x & 7), part = threadIdx.x >> 3, parts = blockDim.x >> 3;
@@ -734,15 +734,21 @@ __device__ __forceinline__ void add_rows(const Partial* partial, int rows, int C
       sum_v_x_hat += (double)partial[2 * ((long long)r * C + c) + 1];
     }
   }
-  for (int half = parts / 2; half > 0; half /= 2) {
-    if (part >= half && part < 2 * half) {
+#pragma unroll
+  for (int lanes = 8; lanes < 32; lanes *= 2) {
+    sum_v += __shfl_xor_sync(0xffffffffu, sum_v, lanes);
+    sum_v_x_hat += __shfl_xor_sync(0xffffffffu, sum_v_x_hat, lanes);
+  }
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  for (int half = blockDim.x >> 6; half > 0; half /= 2) {
+    if (lane < 8 && warp >= half && warp < 2 * half) {
       shared[threadIdx.x] = sum_v;
       shared[blockDim.x + threadIdx.x] = sum_v_x_hat;
     }
     __syncthreads();
-    if (part < half) {
-      sum_v += shared[threadIdx.x + 8 * half];
-      sum_v_x_hat += shared[blockDim.x + threadIdx.x + 8 * half];
+    if (lane < 8 && warp < half) {
+      sum_v += shared[threadIdx.x + 32 * half];
+      sum_v_x_hat += shared[blockDim.x + threadIdx.x + 32 * half];
     }
   }
   if (part == 0 && c < C) {
