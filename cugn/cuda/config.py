@@ -356,6 +356,7 @@ def _box(p: Problem, samples: int, rows: int, channels: int, columns: int) -> Bo
     if p.outer == 1 and parts == 1:  # by the sizes of a sample alone: the batch decides how many are in the box
         group_team = min(most, _team(max(LEAST_TEAM, group_chunks // VECTORS_OF_A_LANE), group_chunks))
         channel_team = min(most, _team(max(1, channel_chunks // VECTORS_OF_A_LANE), channel_chunks))
+        threads = max(threads, group_team, channel_team)
     else:
         group_team = _team(max(LEAST_TEAM, threads // units), group_chunks)
         channel_team = _team(max(1, threads // (samples * channels)), channel_chunks)
