@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,21 @@ QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_bl
 settings.register_profile("ci", max_examples=60, derandomize=True, database=None, **QUIET)
 settings.register_profile("long", max_examples=20_000, **QUIET)
 settings.load_profile(os.environ.get("CUGN_HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture
+def fast() -> Iterator[Library]:
+    """The CUDA engine in the emulator's fast mode, or on the device."""
+    from cuda_on_cpu import emulated
+
+    with emulated(mode="fast") as library:
+        yield library
+
+
+@pytest.fixture
+def checked() -> Iterator[Library]:
+    """The CUDA engine in the emulator's check mode, or on the device."""
+    from cuda_on_cpu import emulated
+
+    with emulated() as library:
+        yield library

@@ -27,6 +27,7 @@ SIZES = [
     (2, 64, 1025, 1),
     (1, 10**6, 1, 1),
     (2, 77, 96, 96),
+    (1, 2050, 4, 2),
 ]
 
 
@@ -57,6 +58,10 @@ ALL = [
     problem(*sizes, itemsize=itemsize, last=last, arrays=arrays, masked=masked)
     for sizes in SIZES
     for itemsize, last, arrays, masked in itertools.product((2, 4, 8), (False, True), (1, 2), (False, True))
+] + [  # tables by labels: boxes of whole samples
+    problem(N, 1, C, 1, itemsize=itemsize, arrays=arrays, masked=masked, labels=labels)
+    for N, C, labels in ((1, 9, 4), (33, 100, 50), (2, 1500, 11), (300, 2000, 1), (100_000, 128, 8))
+    for itemsize, arrays, masked in itertools.product((2, 4, 8), (1, 2), (False, True))
 ]
 
 

@@ -6,7 +6,6 @@ sample; and what does not fit in a block is put together from its channels, with
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -24,13 +23,13 @@ import cugn
 pytestmark = NEEDED
 
 
-# N, C and labels: groups of one element and of two, unequal ones that lie apart, one group of all, many small ones,
-# samples that begin anywhere, and more channels than a block has threads.
 def consecutive(labels: Any) -> np.ndarray:
     """The same groups, numbered from 0."""
     return np.unique(labels, return_inverse=True)[1]
 
 
+# N, C and labels: groups of one element and of two, unequal ones that lie apart, one group of all, many small ones,
+# samples that begin anywhere, and more channels than a block has threads.
 TABLES: dict[str, tuple[int, int, np.ndarray]] = {
     "unequal": (5, 24, consecutive(np.arange(24) ** 2 % 7)),
     "small": (7, 9, np.array([2, 0, 1, 2, 3, 3, 2, 2, 2])),
@@ -40,20 +39,6 @@ TABLES: dict[str, tuple[int, int, np.ndarray]] = {
     "long": (2, 1500, consecutive(np.arange(1500) % 11 * (np.arange(1500) % 3))),
 }
 ACTIVATIONS = (None, "relu", "silu", "gelu", "gelu_tanh")
-
-
-@pytest.fixture
-def fast() -> Iterator[Library]:
-    """The engine in fast mode."""
-    with emulated(mode="fast") as library:
-        yield library
-
-
-@pytest.fixture
-def checked() -> Iterator[Library]:
-    """The engine in check mode."""
-    with emulated() as library:
-        yield library
 
 
 @pytest.mark.parametrize(("name", "dtype", "masked"), pairwise(list(TABLES), FLOATS, (False, True)), ids=str)

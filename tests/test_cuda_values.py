@@ -27,20 +27,6 @@ import cugn
 pytestmark = NEEDED
 
 
-@pytest.fixture
-def fast() -> Iterator[Library]:
-    """The engine in fast mode."""
-    with emulated(mode="fast") as library:
-        yield library
-
-
-@pytest.fixture
-def checked() -> Iterator[Library]:
-    """The engine in check mode."""
-    with emulated() as library:
-        yield library
-
-
 def random(shape: tuple[int, ...], dtype: str, *parameters: str, seed: int = 0) -> tuple[np.ndarray, ...]:
     """x, dy, weight, bias; parameters may have a dtype of their own."""
     rng = np.random.default_rng(seed)
