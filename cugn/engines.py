@@ -4,18 +4,69 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from .plan import Groups, Plan, Spec, axes_key, checked_eps, groups_key
+from .overlap import check_out
+from .plan import OPERANDS, ROLES, Groups, Plan, Spec, axes_key, checked_eps, groups_key
 
-__all__ = ["resolve"]
+__all__ = ["dispatch", "resolve"]
 
 ENGINES = {"numpy": "cugn.cpu", "cupy": "cugn.cuda", "dask": "cugn.dask"}
 """Engine of each array library; every other library of the array API standard is served by ``cugn.reference``."""
+
+_recent: Any = None
+"""Calls on NumPy arrays that are known again (`cpu/recent.py`), from the first call on that was made before."""
+
+
+def dispatch(
+    operation: str,
+    arrays: tuple[Any, ...],
+    groups: Any,
+    eps: float,
+    channel_axis: int,
+    batch_axis: Any,
+    activation: str | None,
+) -> tuple[Any, Plan]:
+    """Engine and plan of one call whose arrays are x and then those of OPERANDS, None for what is not given.
+
+    All errors about types, shapes, dtypes and `out` are raised here.
+    """
+    global _recent
+    call = (*arrays, operation, channel_axis, batch_axis, activation, eps)
+    plain = type(groups) is int and type(eps) is float
+    if plain and _recent is not None:
+        plan, apart = _recent.find(call, groups)
+        if plan is not None:
+            if not apart:
+                _check_out(operation, arrays)
+            return sys.modules["cugn.cpu"], plan
+    operands = tuple(zip(OPERANDS[operation], arrays[1:], strict=True))
+    engine, plan = resolve(operation, arrays[0], groups, operands, eps, channel_axis, batch_axis, activation)
+    _check_out(operation, arrays)
+    if plain and engine.__name__ == "cugn.cpu" and _resolve.cache_info().hits:
+        _recent = import_module("cugn.cpu.recent").recent()
+        if _recent is not None:
+            _recent.enter(plan, call, groups, _replaceable(operation))
+    return engine, plan
+
+
+@cache
+def _replaceable(operation: str) -> int:
+    """How many arrays, x first, `out` may be; 0 without an `out`."""
+    names = OPERANDS[operation]
+    return 1 + sum(ROLES[name] == "like x" for name in names[:-1]) if names[-1] == "out" else 0
+
+
+def _check_out(operation: str, arrays: tuple[Any, ...]) -> None:
+    """Raise ValueError unless `out` may be written while the others are read."""
+    count = _replaceable(operation)
+    if count and arrays[-1] is not None:
+        named = tuple(zip(("x", *OPERANDS[operation]), arrays[:-1], strict=False))
+        check_out(arrays[-1], named[:count], named[count:])
 
 
 def resolve(

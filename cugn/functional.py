@@ -1,16 +1,15 @@
 """The public functions of group normalization: a call reads from here into an engine, and nothing goes back up.
 
-Every function does the same: `resolve` checks the arguments and chooses the engine (`engines.py`, `plan.py`),
-`check_out` guards the memory that is written, and the engine computes.
+Every function does the same: `dispatch` checks the arguments and chooses the engine (`engines.py`, `plan.py`), and
+the engine computes.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from .engines import resolve
+from .engines import dispatch
 from .moments import Moments
-from .overlap import check_out
 from .results import BackwardSums, GroupNormDoubleGrads, GroupNormForward, GroupNormGrads
 
 __all__ = [
@@ -107,10 +106,8 @@ def group_norm(
     >>> float(round(abs(y[0, :2].mean()), 4)), float(round(y[0, :2].std(), 4))
     (0.0, 1.0)
     """
-    operands = (("weight", weight), ("bias", bias), ("where", where), ("out", out))
-    engine, plan = resolve("forward", x, groups, operands, eps, channel_axis, batch_axis, activation)
-    if out is not None:
-        check_out(out, (("x", x),), (("weight", weight), ("bias", bias), ("where", where)))
+    arrays = (x, weight, bias, where, out)
+    engine, plan = dispatch("forward", arrays, groups, eps, channel_axis, batch_axis, activation)
     return engine.forward(plan, x, weight, bias, where, out)[0]
 
 
@@ -153,10 +150,8 @@ def group_norm_forward(
     >>> mean
     array([[ 5.5, 17.5]])
     """
-    operands = (("weight", weight), ("bias", bias), ("where", where), ("out", out))
-    engine, plan = resolve("forward", x, groups, operands, eps, channel_axis, batch_axis, activation)
-    if out is not None:
-        check_out(out, (("x", x),), (("weight", weight), ("bias", bias), ("where", where)))
+    arrays = (x, weight, bias, where, out)
+    engine, plan = dispatch("forward", arrays, groups, eps, channel_axis, batch_axis, activation)
     return GroupNormForward(*engine.forward(plan, x, weight, bias, where, out))
 
 
@@ -228,17 +223,8 @@ def group_norm_backward(
     """
     _required(dy, "dy")
     _both_or_neither(mean, rstd)
-    operands = (
-        *(("dy", dy), ("weight", weight), ("bias", bias), ("mean", mean), ("rstd", rstd)),
-        *(("where", where), ("out", out)),
-    )
-    engine, plan = resolve("backward", x, groups, operands, eps, channel_axis, batch_axis, activation)
-    if out is not None:
-        check_out(
-            out,
-            (("dy", dy), ("x", x)),
-            (("weight", weight), ("bias", bias), ("mean", mean), ("rstd", rstd), ("where", where)),
-        )
+    arrays = (x, dy, weight, bias, mean, rstd, where, out)
+    engine, plan = dispatch("backward", arrays, groups, eps, channel_axis, batch_axis, activation)
     return GroupNormGrads(*engine.backward(plan, dy, x, weight, bias, mean, rstd, where, out))
 
 
@@ -293,17 +279,8 @@ def group_norm_jvp(
     True
     """
     _required(tx, "tx")
-    operands = (
-        *(("tx", tx), ("weight", weight), ("bias", bias), ("tweight", tweight), ("tbias", tbias)),
-        *(("where", where), ("out", out)),
-    )
-    engine, plan = resolve("jvp", x, groups, operands, eps, channel_axis, batch_axis, activation)
-    if out is not None:
-        check_out(
-            out,
-            (("tx", tx), ("x", x)),
-            (("weight", weight), ("bias", bias), ("tweight", tweight), ("tbias", tbias), ("where", where)),
-        )
+    arrays = (x, tx, weight, bias, tweight, tbias, where, out)
+    engine, plan = dispatch("jvp", arrays, groups, eps, channel_axis, batch_axis, activation)
     return engine.jvp(plan, tx, x, weight, bias, tweight, tbias, where, out)
 
 
@@ -357,11 +334,8 @@ def group_norm_double_backward(
     """
     _required(ddx, "ddx")
     _required(dy, "dy")
-    operands = (
-        *(("ddx", ddx), ("dy", dy), ("weight", weight), ("bias", bias)),
-        *(("ddweight", ddweight), ("ddbias", ddbias), ("where", where)),
-    )
-    engine, plan = resolve("double_backward", x, groups, operands, eps, channel_axis, batch_axis, activation)
+    arrays = (x, ddx, dy, weight, bias, ddweight, ddbias, where)
+    engine, plan = dispatch("double_backward", arrays, groups, eps, channel_axis, batch_axis, activation)
     return GroupNormDoubleGrads(*engine.double_backward(plan, ddx, dy, x, weight, bias, ddweight, ddbias, where))
 
 
@@ -401,7 +375,7 @@ def moments(
     >>> m.count, m.mean, m.m2
     (array([[6, 6]]), array([[2.5, 8.5]]), array([[17.5, 17.5]]))
     """
-    engine, plan = resolve("moments", x, groups, (("where", where),), 0.0, channel_axis, batch_axis, None)
+    engine, plan = dispatch("moments", (x, where), groups, 0.0, channel_axis, batch_axis, None)
     return Moments(*engine.moments(plan, x, where))
 
 
@@ -452,10 +426,8 @@ def normalize(
     """
     _required(mean, "mean")
     _required(rstd, "rstd")
-    operands = (("mean", mean), ("rstd", rstd), ("weight", weight), ("bias", bias), ("out", out))
-    engine, plan = resolve("normalize", x, groups, operands, 0.0, channel_axis, batch_axis, activation)
-    if out is not None:
-        check_out(out, (("x", x),), (("weight", weight), ("bias", bias), ("mean", mean), ("rstd", rstd)))
+    arrays = (x, mean, rstd, weight, bias, out)
+    engine, plan = dispatch("normalize", arrays, groups, 0.0, channel_axis, batch_axis, activation)
     return engine.normalize(plan, x, mean, rstd, weight, bias, out)
 
 
@@ -515,8 +487,8 @@ def backward_sums(
     _required(dy, "dy")
     _required(mean, "mean")
     _required(rstd, "rstd")
-    operands = (("dy", dy), ("mean", mean), ("rstd", rstd), ("weight", weight), ("bias", bias))
-    engine, plan = resolve("backward_sums", x, groups, operands, 0.0, channel_axis, batch_axis, activation)
+    arrays = (x, dy, mean, rstd, weight, bias)
+    engine, plan = dispatch("backward_sums", arrays, groups, 0.0, channel_axis, batch_axis, activation)
     return BackwardSums(*engine.backward_sums(plan, dy, x, mean, rstd, weight, bias))
 
 
@@ -585,13 +557,10 @@ def backward_apply(
     >>> bool(np.allclose(dx, cugn.group_norm_backward(dy, x, 2).dx[tile]))
     True
     """
-    named = (("dy", dy), ("mean", mean), ("rstd", rstd), ("mean_wdy", mean_wdy), ("mean_wdy_xhat", mean_wdy_xhat))
-    for name, array in named:
+    arrays = (x, dy, mean, rstd, mean_wdy, mean_wdy_xhat, weight, bias, where, out)
+    for name, array in zip(("dy", "mean", "rstd", "mean_wdy", "mean_wdy_xhat"), arrays[1:], strict=False):
         _required(array, name)
-    operands = (*named, ("weight", weight), ("bias", bias), ("where", where), ("out", out))
-    engine, plan = resolve("backward_apply", x, groups, operands, 0.0, channel_axis, batch_axis, activation)
-    if out is not None:
-        check_out(out, (("dy", dy), ("x", x)), (*named[1:], ("weight", weight), ("bias", bias), ("where", where)))
+    engine, plan = dispatch("backward_apply", arrays, groups, 0.0, channel_axis, batch_axis, activation)
     return engine.backward_apply(plan, dy, x, mean, rstd, mean_wdy, mean_wdy_xhat, weight, bias, where, out)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from .layout import Layout
 
-__all__ = ["FLOATS", "Each", "Plan", "Spec", "axes_key", "checked_eps", "dtype_name", "groups_key"]
+__all__ = ["FLOATS", "OPERANDS", "ROLES", "Each", "Plan", "Spec", "axes_key", "checked_eps", "dtype_name", "groups_key"]
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = ("int8", "uint8", "int16", "uint16")
@@ -37,6 +37,18 @@ ROLES = {
     "mean_wdy": "statistics",
     "mean_wdy_xhat": "statistics",
     "where": "mask",
+}
+
+# The arrays of each operation after x, those of x's shape first, `out` last.
+OPERANDS = {
+    "forward": ("weight", "bias", "where", "out"),
+    "backward": ("dy", "weight", "bias", "mean", "rstd", "where", "out"),
+    "jvp": ("tx", "weight", "bias", "tweight", "tbias", "where", "out"),
+    "double_backward": ("ddx", "dy", "weight", "bias", "ddweight", "ddbias", "where"),
+    "moments": ("where",),
+    "normalize": ("mean", "rstd", "weight", "bias", "out"),
+    "backward_sums": ("dy", "mean", "rstd", "weight", "bias"),
+    "backward_apply": ("dy", "mean", "rstd", "mean_wdy", "mean_wdy_xhat", "weight", "bias", "where", "out"),
 }
 
 

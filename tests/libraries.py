@@ -102,7 +102,7 @@ LIBRARIES = {
 
 def use_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Serve every call by `cugn.reference`."""
-    monkeypatch.setattr(functional, "resolve", lambda *call: (cugn.reference, engines.resolve(*call)[1]))
+    monkeypatch.setattr(functional, "dispatch", lambda *call: (cugn.reference, engines.dispatch(*call)[1]))
 
 
 def subprocess_environment(**variables: str) -> dict[str, str]:

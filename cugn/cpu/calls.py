@@ -39,7 +39,7 @@ class _Ready(NamedTuple):
     work_bytes: int
     threads: int
     plain: bool
-    """Vectors over the channels can be read as they are."""
+    """Vectors over the channels, and statistics that are given, can be read as they are."""
     spare: list[Array]
     """Memory of calls that are over, for calls on one thread: what they need is small, and allocating it 0.3 us."""
     kept: list[Any]
@@ -69,20 +69,22 @@ def _kernel(kernel: Kernel) -> tuple[Any, int]:
     return loaded(repr(tuple(kernel)), build, for_python=False)
 
 
-def loaded(name: str, build: Callable[[], Any], for_python: bool = True) -> tuple[Callable[..., int], int]:
+def loaded(
+    name: str, build: Callable[[], Any], *, for_python: bool = True, holds_gil: bool = False
+) -> tuple[Callable[..., int], int]:
     """A native function, for Python if that calls it, and its address: from disk, else compiled and kept there.
 
     The main thread leaves that to another one and waits: Ctrl-C would break off an import of Numba, of which Python
     keeps parts that cannot be imported again.
     """
     if threading.current_thread() is not threading.main_thread():
-        return _obtain(name, build, for_python)
+        return _obtain(name, build, for_python, holds_gil)
     results: list[tuple[Callable[..., int], int]] = []
     errors: list[BaseException] = []
 
     def work() -> None:
         try:
-            results.append(_obtain(name, build, for_python))
+            results.append(_obtain(name, build, for_python, holds_gil))
         except BaseException as error:
             errors.append(error)
 
@@ -90,20 +92,20 @@ def loaded(name: str, build: Callable[[], Any], for_python: bool = True) -> tupl
     try:
         thread.start()
     except RuntimeError:  # no more threads here
-        return _obtain(name, build, for_python)
+        return _obtain(name, build, for_python, holds_gil)
     thread.join()
     if errors:
         raise errors[0]
     return results[0]
 
 
-def _obtain(name: str, build: Callable[[], Any], for_python: bool) -> tuple[Callable[..., int], int]:
+def _obtain(name: str, build: Callable[[], Any], for_python: bool, holds_gil: bool) -> tuple[Callable[..., int], int]:
     result = disk.load(name)
     if result is None:
         from .compile import compiled
 
         disk.ask_for(COMPILING_BYTES)
-        result = compiled(build(), name, for_python)
+        result = compiled(build(), name, for_python, holds_gil)
         if disk.save(name, result):
             # what Numba builds a kernel from is ten times its size: kept no longer than that takes
             result = disk.load(name) or result
@@ -128,6 +130,10 @@ def _plain(vector: Array) -> bool:
     return vector is None or vector.strides[0] == vector.itemsize
 
 
+def _plain_statistics(plan: Plan, values: Array) -> bool:
+    return values.shape == plan.stats_shape and values.dtype == np.float64 and values.flags.c_contiguous
+
+
 def _vector(vector: Array) -> Array:
     """A vector over the channels as a kernel reads it: contiguous."""
     return None if vector is None else np.ascontiguousarray(vector)
@@ -138,7 +144,9 @@ def _kind(vector: Array, otherwise: str) -> int:
     return KINDS[otherwise if vector is None else vector.dtype.name]
 
 
-def _ready(operation: str, steps: list[Phase], shape: geometry.Geometry, weight: Array, bias: Array) -> _Ready:
+def _ready(
+    operation: str, steps: list[Phase], shape: geometry.Geometry, weight: Array, bias: Array, plain: bool = True
+) -> _Ready:
     """An operation of these phases."""
     assert shape.table or shape.lanes or shape.words[w.PHASES] == len(steps)  # which the tickets of split tasks are for
     shape.words[w.PHASES] = len(steps)
@@ -148,7 +156,7 @@ def _ready(operation: str, steps: list[Phase], shape: geometry.Geometry, weight:
             if kernel is not None:
                 keeps, shape.words[at + k] = _kernel(kernel)
                 kept.append(keeps)
-    plain = _plain(weight) and _plain(bias)
+    plain = plain and _plain(weight) and _plain(bias)
     entry, function = _entry(operation)
     return _Ready(threads.setting(), entry, function, shape.address, shape.work_bytes, shape.threads, plain, [], kept)
 
@@ -208,8 +216,9 @@ def forward(plan: Plan, x: Array, weight: Array, bias: Array, where: Array, out:
 
 
 def _prepare_backward(
-    plan: Plan, dy: Array, x: Array, weight: Array, bias: Array, where: Array, given: bool, out: Array
+    plan: Plan, dy: Array, x: Array, weight: Array, bias: Array, mean: Array, rstd: Array, where: Array, out: Array
 ) -> _Ready:
+    given = mean is not None
     # dweight and dbias in float64 are sums in float64
     wide = "float64" in (plan.y_dtype, plan.weight_dtype) or _smallest(plan) <= SMALL_GROUP
     compute = "float64" if wide else "float32"
@@ -220,7 +229,8 @@ def _prepare_backward(
         weight_kind=_kind(weight, plan.y_dtype), bias_kind=_kind(bias, plan.y_dtype),
     )  # fmt: skip
     kind = _kind_of_work(plan, shape, compute)._replace(table=shape.table, lanes=shape.lanes)
-    return _ready("backward", phases.backward(kind, given), shape, weight, bias)
+    plain = not given or (_plain_statistics(plan, mean) and _plain_statistics(plan, rstd))
+    return _ready("backward", phases.backward(kind, given), shape, weight, bias, plain)
 
 
 def _statistics(plan: Plan, values: Array) -> Array:
@@ -268,15 +278,14 @@ def backward(
     name = "cpu_backward_given" if given else "cpu_backward"
     ready: _Ready | None = plan.__dict__.get(name)
     if ready is None or ready[0] != threads.setting():
-        ready = plan.__dict__[name] = _prepare_backward(plan, dy, x, weight, bias, where, given, out)
-    if mean is None:
-        mean = np.empty(plan.stats_shape)
-        rstd = np.empty(plan.stats_shape)
-    elif not (mean.shape == rstd.shape == plan.stats_shape and mean.dtype.char == rstd.dtype.char == "d"
-              and mean.flags.c_contiguous and rstd.flags.c_contiguous):  # fmt: skip
-        mean, rstd = _statistics(plan, mean), _statistics(plan, rstd)
+        ready = plan.__dict__[name] = _prepare_backward(plan, dy, x, weight, bias, mean, rstd, where, out)
     if not ready.plain:
         weight, bias = _vector(weight), _vector(bias)
+        if given:
+            mean, rstd = _statistics(plan, mean), _statistics(plan, rstd)
+    if not given:
+        mean = np.empty(plan.stats_shape)
+        rstd = np.empty(plan.stats_shape)
     dweight, dbias = channel_gradients(plan)
     weight_id = 0 if weight is None else id(weight)
     bias_id = 0 if bias is None else id(bias)

@@ -127,10 +127,10 @@ def within(function: Callable[..., Any]) -> Any:
     return inner(function)
 
 
-def compiled(function: Callable[..., Any], name: str, for_python: bool) -> Any:
+def compiled(function: Callable[..., Any], name: str, for_python: bool, holds_gil: bool = False) -> Any:
     """A function of int64 arguments, under a name of its own: Numba's result; Python calls its `entry_point`.
 
-    Without the dispatcher that is 0.2 us a call; the GIL is released.
+    Without the dispatcher that is 0.2 us a call; the GIL is released, or held for what threads must not do at once.
     """
     function.__name__ = function.__qualname__ = "cugn_" + hashlib.sha256(name.encode()).hexdigest()[:16]
     signature = (types.int64,) * function.__code__.co_argcount
@@ -139,7 +139,7 @@ def compiled(function: Callable[..., Any], name: str, for_python: bool) -> Any:
     try:
         dispatcher = numba.njit(
             signature,
-            **_OPTIONS,
+            **{**_OPTIONS, "nogil": not holds_gil},
             no_cfunc_wrapper=True,
             no_cpython_wrapper=not for_python,  # 30 ms, of 250 for a small part
             pipeline_class=_KernelCompiler,
