@@ -27,6 +27,7 @@ from .functional import (
 from .moments import Moments
 from .results import BackwardSums, GroupNormDoubleGrads, GroupNormForward, GroupNormGrads
 from .threads import get_num_threads, set_num_threads
+from .warm import warmup
 
 __all__ = [
     "BackwardSums",
@@ -56,4 +57,5 @@ __all__ = [
     "moments",
     "normalize",
     "set_num_threads",
+    "warmup",
 ]

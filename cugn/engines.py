@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -18,8 +18,17 @@ __all__ = ["dispatch", "resolve"]
 ENGINES = {"numpy": "cugn.cpu", "cupy": "cugn.cuda", "dask": "cugn.dask"}
 """Engine of each array library; every other library of the array API standard is served by ``cugn.reference``."""
 
+_REPLACEABLE = {
+    operation: 1 + sum(ROLES[name] == "like x" for name in names[:-1]) if names[-1] == "out" else 0
+    for operation, names in OPERANDS.items()
+}
+"""How many arrays, x first, the `out` of an operation may be; 0 where it has none."""
+
 _recent: Any = None
-"""Calls on NumPy arrays that are known again (`cpu/recent.py`), from the first call on that was made before."""
+"""Calls on NumPy arrays that are known again (`cpu/recent.py`).
+
+From the first call on: a process that is forked while another thread loads a kernel cannot load any itself.
+"""
 
 
 def dispatch(
@@ -39,7 +48,7 @@ def dispatch(
     call = (*arrays, operation, channel_axis, batch_axis, activation, eps)
     plain = type(groups) is int and type(eps) is float
     if plain and _recent is not None:
-        plan, apart = _recent.find(call, groups)
+        plan, apart = _recent.find(call, groups, _REPLACEABLE[operation])
         if plan is not None:
             if not apart:
                 _check_out(operation, arrays)
@@ -47,23 +56,16 @@ def dispatch(
     operands = tuple(zip(OPERANDS[operation], arrays[1:], strict=True))
     engine, plan = resolve(operation, arrays[0], groups, operands, eps, channel_axis, batch_axis, activation)
     _check_out(operation, arrays)
-    if plain and engine.__name__ == "cugn.cpu" and _resolve.cache_info().hits:
+    if plain and engine.__name__ == "cugn.cpu":
         _recent = import_module("cugn.cpu.recent").recent()
         if _recent is not None:
-            _recent.enter(plan, call, groups, _replaceable(operation))
+            _recent.enter(plan, call, groups)
     return engine, plan
-
-
-@cache
-def _replaceable(operation: str) -> int:
-    """How many arrays, x first, `out` may be; 0 without an `out`."""
-    names = OPERANDS[operation]
-    return 1 + sum(ROLES[name] == "like x" for name in names[:-1]) if names[-1] == "out" else 0
 
 
 def _check_out(operation: str, arrays: tuple[Any, ...]) -> None:
     """Raise ValueError unless `out` may be written while the others are read."""
-    count = _replaceable(operation)
+    count = _REPLACEABLE[operation]
     if count and arrays[-1] is not None:
         named = tuple(zip(("x", *OPERANDS[operation]), arrays[:-1], strict=False))
         check_out(arrays[-1], named[:count], named[count:])

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +39,7 @@ from .functional import group_norm
 from .moments import Moments
 from .parts import Axes, Part, Statistics, entries, normalized
 from .plan import FLOATS, Plan, Spec, axes_key, groups_key
+from .progress import Progress
 
 __all__ = ["FileError", "normalize_file"]
 
@@ -191,7 +190,10 @@ class _Job:
             missing = size_text(needed - memory)
             raise FileError(f"{self.path}: {missing} more memory are needed: a block of it takes {size_text(needed)}")
         threads = max(1, min(self.threads, memory // max(needed, 1)))
-        with _Progress(progress, passes * plan.size * itemsize) as bar, ThreadPoolExecutor(threads) as pool:
+        with (
+            Progress(progress, passes * plan.size * itemsize, "B", size_text) as bar,
+            ThreadPoolExecutor(threads) as pool,
+        ):
             if statistics is None and passes == 2:
                 part = self._moments(pool, blocks, bar)
                 statistics = part.statistics(plan.eps)
@@ -200,7 +202,7 @@ class _Job:
             self._write(pool, blocks, statistics, bar)
         return passes
 
-    def _moments(self, pool: ThreadPoolExecutor, blocks: Sequence[Index], bar: _Progress) -> Part:
+    def _moments(self, pool: ThreadPoolExecutor, blocks: Sequence[Index], bar: Progress) -> Part:
         """Moments of all groups of all samples."""
         shape = self.plan.stats_shape
         m = Moments(np.zeros(shape, np.int64), np.full(shape, np.nan), np.zeros(shape))
@@ -218,7 +220,7 @@ class _Job:
         return whole
 
     def _write(
-        self, pool: ThreadPoolExecutor, blocks: Sequence[Index], statistics: Statistics | None, bar: _Progress
+        self, pool: ThreadPoolExecutor, blocks: Sequence[Index], statistics: Statistics | None, bar: Progress
     ) -> None:
         """Write the target."""
         target = self.source.like(self.target, self.dtype)
@@ -303,34 +305,6 @@ def _in_order(
             yield done, future.result()
     for done, future in waiting:
         yield done, future.result()
-
-
-class _Progress:
-    """A bar of bytes on standard error: tqdm's if it is installed, else a line for each tenth."""
-
-    def __init__(self, shown: bool, total: int) -> None:
-        self.shown, self.total, self.done = shown, total, 0
-        self.bar: Any = None
-        if shown:
-            with suppress(ImportError):
-                from tqdm import tqdm
-
-                self.bar = tqdm(total=total, unit="B", unit_scale=True)
-
-    def update(self, count: int) -> None:
-        """Add bytes that are done."""
-        before, self.done = self.done, self.done + count
-        if self.bar is not None:
-            self.bar.update(count)
-        elif self.shown and 10 * before // self.total < 10 * self.done // self.total:
-            print(f"{100 * self.done // self.total:3d} % of {size_text(self.total)}", file=sys.stderr)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 def elements_of(index: Index) -> int:

@@ -13,7 +13,20 @@ import numpy as np
 
 from .layout import Layout
 
-__all__ = ["FLOATS", "OPERANDS", "ROLES", "Each", "Plan", "Spec", "axes_key", "checked_eps", "dtype_name", "groups_key"]
+__all__ = [
+    "ACTIVATIONS",
+    "FLOATS",
+    "INTEGERS",
+    "OPERANDS",
+    "ROLES",
+    "Each",
+    "Plan",
+    "Spec",
+    "axes_key",
+    "checked_eps",
+    "dtype_name",
+    "groups_key",
+]
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 INTEGERS = ("int8", "uint8", "int16", "uint16")

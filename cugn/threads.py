@@ -168,6 +168,11 @@ def setting() -> int:
     return 0 if _here.alone else count
 
 
+def start() -> None:
+    """Have the threads that a large call uses."""
+    _pool.grow(count - 1)
+
+
 def run(entry: Callable[..., int], arguments: tuple[int, ...], threads: int) -> None:
     """Call a kernel with the help of up to threads - 1 others; returns when all of its work is done."""
     pool = _pool

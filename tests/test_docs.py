@@ -194,7 +194,9 @@ def test_every_public_name_has_its_place_in_the_api():
         "overlap",
         "parts",
         "plan",
+        "progress",
         "threads",
+        "warm",
     }
     assert modules - set(listed) == {f"cugn.{name}" for name in inner | {"reference", "report", "results"}}
 

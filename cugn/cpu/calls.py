@@ -69,6 +69,11 @@ def _kernel(kernel: Kernel) -> tuple[Any, int]:
     return loaded(repr(tuple(kernel)), build, for_python=False)
 
 
+def kernels_loaded() -> int:
+    """How many kernels this process has."""
+    return _kernel.cache_info().currsize
+
+
 def loaded(
     name: str, build: Callable[[], Any], *, for_python: bool = True, holds_gil: bool = False
 ) -> tuple[Callable[..., int], int]:

@@ -33,115 +33,103 @@ _LARGEST_ITEM = 8
 
 _NAMED = 4  # of a call, known by address: the operation, two axes, the activation
 SLOTS = 1024  # 1 MB, of which untouched pages take none; 100 calls lose 5 to others
-_LENGTH = 120  # words of a description: nine arrays of four axes have 92
+_MOST_AXES = 8
+_LENGTH = 6 + 10 * (2 + 2 * _MOST_AXES)  # words of a description, of ten arrays at most
 # a table: addresses of None and of np.ndarray, then room for the description in question, then the slots
 (_NONE, _NDARRAY, _ROOM) = (0, 1, 2)
 _FIRST = _ROOM + _LENGTH
-# a slot: number of the call, words of its description, how many arrays `out` may be, the description
-(_NUMBER, _WORDS, _REPLACEABLE, _DESCRIPTION) = (0, 1, 2, 3)
+# a slot: number of the call, words of its description, the description
+(_NUMBER, _WORDS, _DESCRIPTION) = (0, 1, 2)
 _SLOT = _DESCRIPTION + _LENGTH
 
 
 @inner
-def describe(table: int, arrays: int, count: int, first: int) -> int:
-    """Write what a plan needs to know of the arrays into the room, from word `first` on; words in all, 0: it cannot."""
-    room = table + 8 * _ROOM
-    at = first
-    for k in range(count):
-        array = load_i64(arrays + _ITEMS, k)
-        if array == load_i64(table, _NONE):
-            store_i64(room, at, -1)
-            at += 1
-            continue
-        if load_i64(array + _HEADER, -1) != load_i64(table, _NDARRAY):
-            return 0
-        axes = int(load_i32(array + _HEADER, _NDIM))
-        if at + 2 + 2 * axes >= _LENGTH:
-            return 0
-        store_i64(room, at, axes)
-        store_i64(room, at + 1, load_i64(array + _HEADER, _DTYPE))
-        at += 2
-        for axis in range(axes):
-            store_i64(room, at, load_i64(load_i64(array + _HEADER, _DIMENSIONS), axis))
-            store_i64(room, at + 1, load_i64(load_i64(array + _HEADER, _STRIDES), axis))
-            at += 2
-    return at
-
-
-@inner
-def extent(array: int) -> tuple[int, int]:
-    """First byte of an array and an upper bound for the first one behind it."""
-    low = high = load_i64(array + _HEADER, _DATA)
-    for axis in range(int(load_i32(array + _HEADER, _NDIM))):
-        reach = load_i64(load_i64(array + _HEADER, _STRIDES), axis) * (
-            load_i64(load_i64(array + _HEADER, _DIMENSIONS), axis) - 1
-        )
-        low += min(reach, 0)
-        high += max(reach, 0)
-    return low, high + _LARGEST_ITEM
-
-
-@inner
-def apart(table: int, arrays: int, count: int, replaceable: int) -> bool:
-    """Whether the last array may be written while the others are read; it may be one of the first `replaceable`."""
-    out = load_i64(arrays + _ITEMS, count - 1)
-    if replaceable == 0 or out == load_i64(table, _NONE):
-        return True
-    flags = load_i32(out + _HEADER, _FLAGS)
-    if not (flags & _WRITEABLE and flags & (_CONTIGUOUS | _OWNED)):
-        return False
-    low, high = extent(out)
-    for k in range(count - 1):
-        array = load_i64(arrays + _ITEMS, k)
-        if array == load_i64(table, _NONE) or (array == out and k < replaceable):
-            continue
-        first, end = extent(array)
-        if first < high and low < end:
-            return False
-    return True
+def describe(array: int, at: int) -> tuple[int, int, int]:
+    """Write number of axes, dtype, shape and strides from an address on; first byte, an end, and the address behind."""
+    fields = array + _HEADER
+    axes = load_i32(fields, _NDIM) & 0xFFFFFFFF
+    shape, strides = load_i64(fields, _DIMENSIONS), load_i64(fields, _STRIDES)
+    low = high = load_i64(fields, _DATA)
+    store_i64(at, 0, axes)
+    store_i64(at, 1, load_i64(fields, _DTYPE))
+    at += 16
+    for axis in range(axes):
+        n, stride = load_i64(shape, axis), load_i64(strides, axis)
+        store_i64(at, 0, n)
+        store_i64(at, 1, stride)
+        at += 16
+        reach = stride * (n - 1)
+        if reach < 0:
+            low += reach
+        else:
+            high += reach
+    return low, high + _LARGEST_ITEM, at
 
 
 def look(table: int, call: int, count: int, groups: int, replaceable: int, number: int) -> int:
     """Twice the number of the call that looks like this one, plus 1 where `out` needs a closer look; 0: there is none.
 
-    `call` is the id of a tuple: `count` arrays, four objects known by their ids, and eps. With a `number`, the call is
-    entered under that one; the number of the call that stood in its place, or -1 where it cannot be described.
+    `call` is the id of a tuple: `count` arrays, four objects known by their ids, and eps. The last array is an `out` if
+    it may be one of the first `replaceable`, x first. With a `number`, the call is entered under that one; the number
+    of the call that stood in its place, or -1 where it cannot be described.
     """
     room = table + 8 * _ROOM
-    for k in range(_NAMED):
-        store_i64(room, k, load_i64(call + _ITEMS, count + k))
-    store_i64(room, _NAMED, load_i64(load_i64(call + _ITEMS, count + _NAMED) + _HEADER, 0))  # a float's bits
-    store_i64(room, _NAMED + 1, groups)
-    length = describe(table, call, count, _NAMED + 2)
-    if length == 0:
-        return -1 if number else 0
+    at = room
+    items = call + _ITEMS
+    for k in range(count, count + _NAMED):
+        store_i64(at, 0, load_i64(items, k))
+        at += 8
+    store_i64(at, 0, load_i64(load_i64(items, count + _NAMED) + _HEADER, 0))  # a float's bits
+    store_i64(at, 1, groups)
+    at += 16
+    none, ndarray = load_i64(table, _NONE), load_i64(table, _NDARRAY)
+    out = load_i64(items, count - 1)
+    written = replaceable != 0 and out != none
+    low = high = 0
+    apart = True
+    for back in range(count):
+        k = count - 1 - back
+        array = load_i64(items, k)
+        if array == none:
+            store_i64(at, 0, -1)
+            at += 8
+            continue
+        if load_i64(array + _HEADER, -1) != ndarray or load_i32(array + _HEADER, _NDIM) > _MOST_AXES:
+            return -1 if number else 0
+        first, end, at = describe(array, at)
+        if k == count - 1:
+            low, high = first, end
+            flags = load_i32(array + _HEADER, _FLAGS)
+            apart = flags & _WRITEABLE != 0 and flags & (_CONTIGUOUS | _OWNED) != 0
+        elif first < high and low < end and not (array == out and k < replaceable):
+            apart = False
+    length = (at - room) // 8
     mixed = length
     for k in range(length):
         mixed = (mixed ^ load_i64(room, k)) * 0x1E3779B97F4A7C15
         mixed ^= (mixed >> 29) & 0x7FFFFFFFF
     slot = table + 8 * (_FIRST + _SLOT * (mixed & (SLOTS - 1)))
+    known = load_i64(slot, _NUMBER)
     if number:
-        before = load_i64(slot, _NUMBER)
         store_i64(slot, _NUMBER, number)
         store_i64(slot, _WORDS, length)
-        store_i64(slot, _REPLACEABLE, replaceable)
         for k in range(length):
             store_i64(slot, _DESCRIPTION + k, load_i64(room, k))
-        return before
+        return known
     if load_i64(slot, _WORDS) != length:
         return 0
     for k in range(length):
         if load_i64(slot, _DESCRIPTION + k) != load_i64(room, k):
             return 0
-    known = load_i64(slot, _REPLACEABLE)
-    return 2 * load_i64(slot, _NUMBER) + (0 if apart(table, call, count, known) else 1)
+    return 2 * known + (1 if written and not apart else 0)
 
 
 class Recent:
     """The last calls, SLOTS of them at most: one that comes to another one's slot takes its place.
 
     A call is a tuple: its arrays (None for those that are not there), the operation, channel_axis, batch_axis, the
-    activation, and eps; and its groups, an int. Its `eps` is a float.
+    activation, and eps, a float; its groups are an int. The last array is an `out` if it may be one of the first
+    `replaceable`.
     """
 
     def __init__(self, look: Callable[..., int]) -> None:
@@ -153,16 +141,16 @@ class Recent:
         self._plans: dict[int, tuple[Any, Any]] = {}
         """By number: the plan, and what the description names by address, which so means nothing else meanwhile."""
 
-    def find(self, call: tuple[Any, ...], groups: int) -> tuple[Any, bool]:
+    def find(self, call: tuple[Any, ...], groups: int, replaceable: int) -> tuple[Any, bool]:
         """Plan of a call like this one, or None, and whether its `out` is plainly apart from what is read."""
         try:
-            found = self._look(self._table, id(call), len(call) - 1 - _NAMED, groups, 0, 0)
+            found = self._look(self._table, id(call), len(call) - 1 - _NAMED, groups, replaceable, 0)
         except OverflowError:  # more groups than an int64 counts
             return None, False
         # another thread may have taken the call's place in between
         return self._plans.get(found >> 1, _NOTHING)[0], not found & 1
 
-    def enter(self, plan: Any, call: tuple[Any, ...], groups: int, replaceable: int) -> None:
+    def enter(self, plan: Any, call: tuple[Any, ...], groups: int) -> None:
         """Know this call again. What is named by address must not change: ints, strings, tuples of ints."""
         *arrays, operation, channel_axis, batch_axis, activation, _ = call
         axes = batch_axis if type(batch_axis) is tuple else (batch_axis,)
@@ -173,7 +161,7 @@ class Recent:
         number = next(self._numbers)
         dtypes = [array.dtype for array in arrays if array is not None]
         self._plans[number] = plan, (operation, channel_axis, batch_axis, activation, dtypes)
-        before = self._look(self._table, id(call), len(arrays), groups, replaceable, number)
+        before = self._look(self._table, id(call), len(arrays), groups, 0, number)
         self._plans.pop(number if before < 0 else before, None)
 
 
