@@ -17,6 +17,7 @@ import pytest
 import cugn
 import cugn.reference
 from cugn import engines, functional
+from cugn.cpu import recent
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -103,6 +104,13 @@ LIBRARIES = {
 def use_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """Serve every call by `cugn.reference`."""
     monkeypatch.setattr(functional, "dispatch", lambda *call: (cugn.reference, engines.dispatch(*call)[1]))
+
+
+def forget_plans() -> None:
+    """Let the next call of each kind be planned anew, as the first one was."""
+    engines._resolve.cache_clear()
+    engines._recent = None
+    recent.recent.cache_clear()
 
 
 def subprocess_environment(**variables: str) -> dict[str, str]:

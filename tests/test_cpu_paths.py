@@ -8,10 +8,9 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from libraries import FLOATS, dtype_of, threads
+from libraries import FLOATS, dtype_of, forget_plans, threads
 
 import cugn
-from cugn import engines
 from cugn.cpu import geometry
 
 FACTOR = {"float16": 4, "bfloat16": 4, "float32": 4, "float64": 8}
@@ -187,7 +186,7 @@ def test_large_arrays(size: int, options: str, form: str, dtype: str, monkeypatc
     keywords: dict[str, Any] = {"channel_axis": axis, "where": where}
 
     def results(offset: int) -> list[bytes]:
-        engines._resolve.cache_clear()  # plans know how their calls are done
+        forget_plans()  # they know how their calls are done
         y, dx, ty = outputs = [Guarded(x, offset) for _ in range(3)]
         active = {**keywords, "activation": "relu" if options == "relu" else None}
         cugn.group_norm(*arguments, out=y.array, **active)
@@ -205,4 +204,4 @@ def test_large_arrays(size: int, options: str, form: str, dtype: str, monkeypatc
         patch.setattr(geometry, "STREAM_FROM", 0)
         for offset in (0, 2, 16, 30, 34, 48, 62) if kind.itemsize == 2 else (0, 8, 16, 56):
             assert results(offset) == usual, offset
-    engines._resolve.cache_clear()
+    forget_plans()

@@ -136,19 +136,14 @@ def sum_kernels(v: str, x: str, compute: str, activation: str | None, keeps: boo
                                 v0 = select(first_lanes(left), slope(v0, fma(x0, a, b)), none)
                                 if keeps and kept != 0:
                                     store_part_c(qk, v0, left)
-                        s0 += v0
-                        u0 = fma(v0, x0, u0)
+                        # in turn: at most _CHAIN terms in each
+                        s0, s1 = s1 + v0, s0
+                        u0, u1 = fma(v0, x0, u1), u0
                         qv += LANES * v_size
                         qx += LANES * x_size
                         left -= LANES
-                if pairs <= _CHAIN // 2:
-                    sum_v += widen(s0 + s1)
-                    sum_vt += widen(u0 + u1)
-                else:
-                    sum_v += widen(s0)
-                    sum_vt += widen(u0)
-                    sum_v += widen(s1)
-                    sum_vt += widen(u1)
+                sum_v += widen(s0 + s1)
+                sum_vt += widen(u0 + u1)
         store_folded(out, sum_v)
         store_folded(out + FOLDED_SUM, sum_vt)
 
