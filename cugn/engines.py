@@ -46,9 +46,13 @@ def dispatch(
     """
     global _recent
     call = (*arrays, operation, channel_axis, batch_axis, activation, eps)
-    plain = type(groups) is int and type(eps) is float
+    if type(groups) is not int:
+        groups = groups_key(groups)
+    # by value an int, by address labels, whose key stays the same object; what is neither 1, 2 ... is an error
+    number = -id(groups) if type(groups) is not int else groups
+    plain = type(eps) is float and (number > 0 or number != groups)
     if plain and _recent is not None:
-        plan, apart = _recent.find(call, groups, _REPLACEABLE[operation])
+        plan, apart = _recent.find(call, number, _REPLACEABLE[operation])
         if plan is not None:
             if not apart:
                 _check_out(operation, arrays)
@@ -59,7 +63,7 @@ def dispatch(
     if plain and engine.__name__ == "cugn.cpu":
         _recent = import_module("cugn.cpu.recent").recent()
         if _recent is not None:
-            _recent.enter(plan, call, groups)
+            _recent.enter(plan, call, number, groups)
     return engine, plan
 
 

@@ -233,6 +233,8 @@ def groups_key(groups: Any) -> Groups:
     The same object with the same labels again gets the same key: 1 to 2 us for 1024 labels, where looking at each of
     them takes 20, and hashing and comparing them as much again.
     """
+    if type(groups) is Labels:
+        return groups
     copy, key = _known.get(id(groups), (None, None))
     if key is not None and type(copy) is type(groups) and _unchanged(copy, groups):
         return key

@@ -13,6 +13,7 @@ import pytest
 import cugn
 from cugn import engines
 from cugn.cpu import recent as module
+from cugn.plan import groups_key
 
 X = np.random.default_rng(0).normal(size=(2, 6, 4, 5)).astype(np.float32)
 WEIGHT = np.linspace(0.5, 2, 6, dtype=np.float32)
@@ -73,6 +74,9 @@ OPTIONS = {
     "minus no eps": {"eps": -0.0},
     "no batch": {"batch_axis": None},
     "batch axes": {"batch_axis": (0, 2)},
+    "labels": {"groups": [0, 1, 2, 0, 1, 2]},
+    "other labels": {"groups": (0, 1, 2, 0, 2, 1)},
+    "an array of labels": {"groups": np.array([1, 1, 1, 0, 0, 2])},
     "activation": {"activation": "silu"},
 }
 
@@ -93,11 +97,12 @@ def test_every_difference_is_seen(known: Any) -> None:
 
 
 def test_known_calls_take_the_short_way(known: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the third time on nothing is described to Python; labels and what is not an array of NumPy's always are."""
+    """From the second time on nothing is described to Python; NumPy's scalars always are."""
     x, labels = X.copy(), [0, 1, 2, 0, 1, 2]
     for _ in range(2):
         cugn.group_norm(x, 3, WEIGHT)
         cugn.group_norm(x, labels)
+        cugn.instance_norm(x)
         cugn.group_norm_backward(x, x, 3, WEIGHT)
     described: list[str] = []
     long_way = engines.resolve
@@ -105,11 +110,14 @@ def test_known_calls_take_the_short_way(known: Any, monkeypatch: pytest.MonkeyPa
     cugn.group_norm(x, 3, WEIGHT)
     cugn.group_norm(X, 3, WEIGHT)
     cugn.group_norm_backward(X, x, 3, WEIGHT)
-    assert described == []
     cugn.group_norm(x, labels)
     cugn.group_norm(x, np.int64(3), WEIGHT)
+    cugn.instance_norm(x)
+    assert described == []
     cugn.group_norm(x, 3, WEIGHT, eps=np.float64(1e-5))
-    assert described == ["forward"] * 3
+    labels[0] = 2
+    cugn.group_norm(x, labels)
+    assert described == ["forward"] * 2
 
 
 @pytest.mark.parametrize(
@@ -118,6 +126,10 @@ def test_known_calls_take_the_short_way(known: Any, monkeypatch: pytest.MonkeyPa
         ({"groups": 4}, ValueError),
         ({"groups": 3.0}, TypeError),
         ({"groups": True}, TypeError),
+        ({"groups": 0}, ValueError),
+        ({"groups": -3}, ValueError),
+        ({"groups": [0, 1]}, ValueError),
+        ({"groups": [0, 1, 3, 0, 1, 3]}, ValueError),
         ({"groups": 10**30}, ValueError),
         ({"eps": "1e-5"}, TypeError),
         ({"eps": np.nan}, ValueError),
@@ -156,6 +168,16 @@ def test_mutable_arguments_are_read_each_time(known: Any) -> None:
     axis[()] = 3
     with pytest.raises(ValueError, match="must divide the 5 channels"):
         cugn.group_norm(X, 3, channel_axis=axis)
+
+
+def test_an_int_is_no_address(known: Any) -> None:
+    """Labels are known by the address of their key: the same number as `groups` is an error."""
+    labels = [0, 1, 2, 0, 1, 2]
+    for _ in range(3):
+        cugn.group_norm(X, labels)
+        for number in (-id(groups_key(labels)), id(groups_key(labels))):
+            with pytest.raises(ValueError, match="groups is"):
+                cugn.group_norm(X, number)
 
 
 def overlaps() -> dict[str, tuple[np.ndarray, np.ndarray, bool]]:

@@ -128,8 +128,8 @@ class Recent:
     """The last calls, SLOTS of them at most: one that comes to another one's slot takes its place.
 
     A call is a tuple: its arrays (None for those that are not there), the operation, channel_axis, batch_axis, the
-    activation, and eps, a float; its groups are an int. The last array is an `out` if it may be one of the first
-    `replaceable`.
+    activation, and eps, a float; its groups are an int, or minus the address of what they are. The last array is an
+    `out` if it may be one of the first `replaceable`.
     """
 
     def __init__(self, look: Callable[..., int]) -> None:
@@ -150,8 +150,8 @@ class Recent:
         # another thread may have taken the call's place in between
         return self._plans.get(found >> 1, _NOTHING)[0], not found & 1
 
-    def enter(self, plan: Any, call: tuple[Any, ...], groups: int) -> None:
-        """Know this call again. What is named by address must not change: ints, strings, tuples of ints."""
+    def enter(self, plan: Any, call: tuple[Any, ...], groups: int, named: Any) -> None:
+        """Know this call again. What is known by address must not change: ints, strings, tuples of ints, `named`."""
         *arrays, operation, channel_axis, batch_axis, activation, _ = call
         axes = batch_axis if type(batch_axis) is tuple else (batch_axis,)
         if not all(type(axis) in (int, NoneType) for axis in (channel_axis, *axes)):
@@ -160,7 +160,7 @@ class Recent:
             return
         number = next(self._numbers)
         dtypes = [array.dtype for array in arrays if array is not None]
-        self._plans[number] = plan, (operation, channel_axis, batch_axis, activation, dtypes)
+        self._plans[number] = plan, (operation, channel_axis, batch_axis, activation, dtypes, named)
         before = self._look(self._table, id(call), len(arrays), groups, 0, number)
         self._plans.pop(number if before < 0 else before, None)
 
