@@ -80,27 +80,28 @@ def short_runs(dtype: str, compute: str, itemsize: int) -> Any:
                 d = widen(load(q + j * itemsize)) + minus
                 total += d
                 square = fma(d, d, square)
-            last = 0.0
-            last_square = 0.0
             if left > _SINGLE:
                 d = select(tail, widen(load_part(q + whole * itemsize, left)) + minus, zero)
                 total += d
                 square = fma(d, d, square)
             else:
-                for j in range(whole, count):
-                    one = first_lane(widen(load_part(q + j * itemsize, 1))) - shift
-                    last += one
-                    last_square += one * one
-            store_f64(singles, c % LANES, last)
-            store_f64(singles, LANES + c % LANES, last_square)
+                for j in range(left):
+                    last = first_lane(widen(load_part(q + (whole + j) * itemsize, 1)))
+                    store_f64(singles, j * LANES + c % LANES, last - shift)
             store_f64(scratch, c, shift)
             store_folded(folded + c % LANES * FOLDED, total)
             store_folded(folded + FOLDED_SUM + c % LANES * FOLDED, square)
             if c % LANES == LANES - 1 or c == channels - 1:
                 # the arrays are whole vectors: what is beyond the last channel is nothing that is read
                 at = scratch + 8 * (c - c % LANES)
-                _store64(at + padded, folded_sums(folded) + _load64(singles))
-                _store64(at + 2 * padded, folded_sums(folded + FOLDED_SUM) + _load64(singles + 8 * LANES))
+                total = folded_sums(folded)
+                square = folded_sums(folded + FOLDED_SUM)
+                for j in range(left if left <= _SINGLE else 0):
+                    d = _load64(singles + 8 * j * LANES)
+                    total += d
+                    square = fma(d, d, square)
+                _store64(at + padded, total)
+                _store64(at + 2 * padded, square)
                 _store64(at + 3 * padded, splat(n))
         finish_columns(scratch, channels)
 
@@ -146,7 +147,7 @@ def merge_layers(parts: int, layers: int, padded: int, channels: int, out: int) 
 
 
 @inner
-def sort_partials(geometry: int, store: int, scratch: int) -> None:
+def sort_partials(geometry: int, store: int, scratch: int, masked: bool) -> None:
     """A task's partials, merged over the layers and sorted by group, into the scratch memory."""
     padded = 8 * word(geometry, w.PADDED_WIDTH)
     channels = word(geometry, w.C)
@@ -158,9 +159,14 @@ def sort_partials(geometry: int, store: int, scratch: int) -> None:
         merged = partials
     else:
         merge_layers(partials, word(geometry, w.LAYERS), padded, channels, merged)
+    if not masked:  # all channels have as many elements
+        count = splat(load_f64(merged, 0))
+        for j in range(0, padded, 8 * LANES):
+            _store64(ordered + j, count)
     for j in range(channels):
         c = load_i64(order, j)
-        store_f64(ordered, j, load_f64(merged, c))
+        if masked:
+            store_f64(ordered, j, load_f64(merged, c))
         store_f64(ordered + padded, j, load_f64(merged + padded, c))
         store_f64(ordered + 2 * padded, j, load_f64(merged + 2 * padded, c))
         store_f64(ordered + 3 * padded, j, load_f64(merged + 3 * padded, c))

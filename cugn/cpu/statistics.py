@@ -253,7 +253,7 @@ def statistics(
     @inner
     def merge_task(geometry: int, store: int, scratch: int) -> None:
         if labelled:
-            sort_partials(geometry, store, scratch)
+            sort_partials(geometry, store, scratch, masked)
 
     @inner
     def merge_group(geometry: int, group: int, store: int, scratch: int, out: int) -> None:
