@@ -39,7 +39,7 @@ def problem(N: int, S: int, C: int, G: int, itemsize: int = 4, last: bool = Fals
         "outer": outer,
         "C": C,
         "inner": inner,
-        "D": C // G,
+        "unit": C // G,
         "itemsize": itemsize,
         "real": 8 if itemsize == 8 else 4,
         "tangent": False,
@@ -93,18 +93,18 @@ def test_boxes_cover_the_array_and_fit_the_device(device: Device) -> None:
             assert tiled(p.N, box.sample_tiles, box.samples), what
             assert tiled(p.outer, box.row_tiles, box.rows), what
             assert tiled(p.inner, box.column_tiles, box.columns), what
-            if box.channels >= p.D:
-                assert box.channels % p.D == 0, what
+            if box.channels >= p.unit:
+                assert box.channels % p.unit == 0, what
                 assert tiled(p.C, box.channel_tiles, box.channels), what
             else:
-                assert tiled(p.D, box.channel_tiles // p.G, box.channels), what
+                assert tiled(p.unit, box.channel_tiles // p.units, box.channels), what
             assert box.channels == 1 or box.columns == p.inner, what
             assert box.samples == 1 or (box.rows == p.outer and box.channels == p.C), what
             assert shared <= device.shared_per_block - config.RESERVED_SHARED, what
             assert box.elements < 2**21, f"{what}: indices inside a box are divided in float32"
             assert box.tiles < 2**31, what
             if kind == "resident":
-                assert box.channels >= p.D, what
+                assert box.channels >= p.unit, what
                 assert box.parts == 1, what
 
 
@@ -127,7 +127,7 @@ def test_rows_in_shared_memory_are_in_different_banks() -> None:
         for kind, box, _ in boxes(p, H100):
             assert box.pitch % p.vector == 0
             width = box.channels * box.columns
-            edges = 0 if p.aligned_rows and width % p.vector == p.D * p.inner % p.vector == 0 else p.vector - 1
+            edges = 0 if p.aligned_rows and width % p.vector == p.unit * p.inner % p.vector == 0 else p.vector - 1
             assert box.pitch >= width + edges, f"{kind} {p}: no room for any alignment"
             if not box.flat and kind != "again":
                 packed = dataclasses.replace(box, pitch=width)

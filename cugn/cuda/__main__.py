@@ -120,7 +120,7 @@ def problem_of(N: int, C: int, S: int, G: int, last: bool, dtype: str, arrays: i
         outer=outer,
         C=C,
         inner=inner,
-        D=C // G,
+        unit=C // G,
         itemsize=itemsize,
         real=8 if dtype == "float64" else 4,
         tangent=False,

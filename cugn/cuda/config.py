@@ -115,13 +115,16 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Arrays (N, outer, C, inner) with groups of D channels; D = 1 for labelled groups, merged from their channels."""
+    """Arrays (N, outer, C, inner), and what of them belongs together."""
 
     N: int
     outer: int
     C: int
     inner: int
-    D: int
+    unit: int
+    """Neighbouring channels that belong together: a group's; one where channels are merged by labels; all where a box
+    has the label groups of whole samples.
+    """
     itemsize: int
     """Bytes of an element of x."""
     real: int
@@ -142,17 +145,12 @@ class Problem:
     aligned: bool
     """Whether all arrays begin at a multiple of 16 bytes: it decides where a box lies in shared memory, no more."""
     labels: int = 0
-    """Label groups that a box of whole samples holds, D = C; 0 where groups are neighbours."""
+    """Label groups of a unit of all channels; else 0."""
 
     @property
-    def G(self) -> int:
-        """Groups of a sample."""
-        return self.C // self.D
-
-    @property
-    def elements_per_group(self) -> int:
-        """M = D * S."""
-        return self.outer * self.D * self.inner
+    def units(self) -> int:
+        """Units of a sample."""
+        return self.C // self.unit
 
     @property
     def single(self) -> bool:
@@ -237,14 +235,14 @@ def resident_box(problem: Problem, device: Device) -> Box | None:
     limit = device.shared_per_block - RESERVED_SHARED
     bytes_of = backward_bytes if p.arrays == 2 else forward_bytes
     least = 1 if p.outer == 1 else _groups_for_whole_sectors(p, ALIGNED_ROW_BYTES[0])
-    box = _box(p, 1, p.outer, least * p.D, p.inner)
+    box = _box(p, 1, p.outer, least * p.unit, p.inner)
     if bytes_of(box, p) > limit:
         box = _flattened(p, box)  # rows without gaps
         return box if box.flat and bytes_of(box, p) <= limit else None
     small = SMALL_BOX_BYTES if p.outer == 1 else SMALL_BOX_BYTES_OF_ROWS[p.arrays - 1]
     while True:
-        samples, groups = (1, min(p.G, 2 * box.groups)) if box.groups < p.G else (2 * box.samples, p.G)
-        larger = _box(p, samples, p.outer, groups * p.D, p.inner)
+        samples, groups = (1, min(p.units, 2 * box.groups)) if box.groups < p.units else (2 * box.samples, p.units)
+        larger = _box(p, samples, p.outer, groups * p.unit, p.inner)
         large = box.elements * p.itemsize >= LEAST_BOX_BYTES and (p.arrays == 1 or box.threads >= LEAST_THREADS)
         few = p.outer == 1 and large and larger.tiles < ENOUGH_BLOCKS
         if bytes_of(larger, p) > min(limit, small) or few:
@@ -282,13 +280,13 @@ def _part(p: Problem, elements: int) -> Box:
     if p.inner >= elements:  # a stretch of one channel
         columns = _round_up(_even(p.inner, elements), 64)
         return _box(p, 1, 1, 1, min(columns, p.inner))
-    if p.outer == 1 and p.D * p.inner <= elements:  # whole groups
-        return _box(p, 1, 1, p.D * (elements // (p.D * p.inner)), p.inner)
+    if p.outer == 1 and p.unit * p.inner <= elements:  # whole groups
+        return _box(p, 1, 1, p.unit * (elements // (p.unit * p.inner)), p.inner)
     if p.outer == 1:  # some channels of one group
-        return _box(p, 1, 1, min(p.D, _even(p.D, max(1, elements // p.inner))), p.inner)
-    channels = _channels_for_whole_sectors(p, ALIGNED_ROW_BYTES[1]) if p.D > 1 else p.D
-    if channels >= p.D:
-        channels = p.D * _groups_for_whole_sectors(p, ALIGNED_ROW_BYTES[1])
+        return _box(p, 1, 1, min(p.unit, _even(p.unit, max(1, elements // p.inner))), p.inner)
+    channels = _channels_for_whole_sectors(p, ALIGNED_ROW_BYTES[1]) if p.unit > 1 else p.unit
+    if channels >= p.unit:
+        channels = p.unit * _groups_for_whole_sectors(p, ALIGNED_ROW_BYTES[1])
     rows = max(1, elements // (channels * p.inner))
     return _box(p, 1, _even(p.outer, rows), channels, p.inner)
 
@@ -337,7 +335,7 @@ def _box(p: Problem, samples: int, rows: int, channels: int, columns: int) -> Bo
     pitch = _round_up(width + p.vector - 1, p.vector)
     if pitch // p.vector % 2 == 0:
         pitch += p.vector
-    parts_of_channels = -(-p.D // channels)
+    parts_of_channels = -(-p.unit // channels)
     row_tiles, column_tiles = -(-p.outer // rows), -(-p.inner // columns)
     parts = row_tiles * column_tiles * parts_of_channels
     elements = samples * rows * width
@@ -348,8 +346,8 @@ def _box(p: Problem, samples: int, rows: int, channels: int, columns: int) -> Bo
     load = 1 if p.labels else p.vector
     threads = min(most, max(32, _power_of_two(elements // load // 4)))
     sample_tiles = -(-p.N // samples)
-    channel_tiles = -(-p.C // channels) if channels >= p.D else p.G * parts_of_channels
-    groups = p.labels or max(1, channels // p.D)
+    channel_tiles = -(-p.C // channels) if channels >= p.unit else p.units * parts_of_channels
+    groups = p.labels or max(1, channels // p.unit)
     units = samples * groups
     group_chunks = max(1, rows * width // groups // load)
     channel_chunks = max(1, rows * columns // (p.vector if columns % p.vector == 0 else 1))
@@ -412,7 +410,7 @@ def _laid_out(p: Problem, box: Box, bytes_of: Callable[[Box], int], budget: int)
         return box
     width = box.channels * box.columns
     # without edges where all boxes begin and end at vectors
-    whole = p.aligned and p.aligned_rows and width % p.vector == p.D * p.inner % p.vector == 0
+    whole = p.aligned and p.aligned_rows and width % p.vector == p.unit * p.inner % p.vector == 0
     least = width if whole else _round_up(width + p.vector - 1, p.vector)
     boxes = [replace(box, pitch=pitch) for pitch in range(least, box.pitch + 4 * p.vector, p.vector)]
     most = max(budget, bytes_of(box))
@@ -500,22 +498,22 @@ def apply_bytes(box: Box, p: Problem) -> int:
 
 def _groups_for_whole_sectors(p: Problem, wanted: int) -> int:
     """Neighbouring groups that make rows of a box out of whole sectors, or so long that the ends do not count."""
-    run = p.D * p.inner * p.itemsize
+    run = p.unit * p.inner * p.itemsize
     if p.aligned_rows:
         for groups in range(-(-wanted // run), 2 * SECTOR + -(-wanted // run)):
             if groups * run % SECTOR == 0:
-                return min(p.G, groups)
-    return min(p.G, -(-FEW_ROWS_BYTES // run))
+                return min(p.units, groups)
+    return min(p.units, -(-FEW_ROWS_BYTES // run))
 
 
 def _channels_for_whole_sectors(p: Problem, wanted: int) -> int:
-    """As `_groups_for_whole_sectors`, channels of one group; D where it takes all of them."""
+    """As `_groups_for_whole_sectors`, channels of one unit; all of them where it takes those."""
     row = p.inner * p.itemsize
-    if p.aligned_rows and p.D * row % SECTOR == 0:
-        for channels in range(-(-wanted // row), p.D):
+    if p.aligned_rows and p.unit * row % SECTOR == 0:
+        for channels in range(-(-wanted // row), p.unit):
             if channels * row % SECTOR == 0:
                 return channels
-    return min(p.D, -(-FEW_ROWS_BYTES // row))
+    return min(p.unit, -(-FEW_ROWS_BYTES // row))
 
 
 def _team(threads: int, chunks: int) -> int:

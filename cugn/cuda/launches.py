@@ -191,7 +191,7 @@ class _Builder:
             outer=layout.outer,
             C=layout.C,
             inner=layout.inner,
-            D=1 if plan.labels is not None else layout.C // plan.G,
+            unit=1 if plan.labels is not None else layout.C // plan.G,
             itemsize=config.ITEMSIZE[plan.x_dtype],
             real=8 if doubles else 4,
             tangent=operation.startswith(("jvp", "double_backward")),
@@ -264,12 +264,12 @@ class _Builder:
         self.launch("second_sums", box, (*_ints(box.channel_team), *before), (sums, *self.mask), shared)
         channel_sums = self.empty("channel_sums", (p.N, p.C, sums_of_channel))
         partial = self.empty("partial", (p.N, p.C, 2))
-        threads, team = config.merge_channel_threads(p.D, box.spatial_parts, plan.labels is not None)
+        threads, team = config.merge_channel_threads(p.unit, box.spatial_parts, plan.labels is not None)
         self.merge(
             "merge_second",
             p.N * plan.G,
             threads,
-            *(*_ints(p.C, p.D, plan.G), *self.grouping(), *_ints(plan.labels is not None)),
+            *(*_ints(p.C, p.unit, plan.G), *self.grouping(), *_ints(plan.labels is not None)),
             *(*_ints(box.spatial_parts, team), sums, *parameters, planes, channel_sums, partial),
         )
         self.launch("second_apply", box, before, (*self.array("y"), *self.array(gx), *self.mask), shared)
@@ -317,7 +317,7 @@ class _Builder:
         known = plan.labels is not None or bent or box.rows * box.columns < config.FEW_OF_CHANNEL
         if known:
             self.merged_moments(planes, planes, planes)
-        moments = self.empty("moments", (p.N, box.parts, p.G, config.part_values(p.real)))
+        moments = self.empty("moments", (p.N, box.parts, p.units, config.part_values(p.real)))
         sums = self.empty("sums", (p.N, box.spatial_parts, p.C, 2))
         self.launch(
             "backward_sums",
@@ -330,12 +330,12 @@ class _Builder:
             config.backward_sums_bytes(box, p),
         )
         partial = self.empty("partial", (p.N, p.C, 2))
-        threads, team = config.merge_channel_threads(p.D, box.spatial_parts, plan.labels is not None)
+        threads, team = config.merge_channel_threads(p.unit, box.spatial_parts, plan.labels is not None)
         self.merge(
             "merge_backward",
             p.N * plan.G,
             threads,
-            *(*_ints(p.C, p.D, plan.G), *self.grouping(), *_ints(plan.labels is not None)),
+            *(*_ints(p.C, p.unit, plan.G), *self.grouping(), *_ints(plan.labels is not None)),
             *_ints(box.channels, box.parts, box.spatial_parts, team),
             *(moments, sums, *self.parameters("weight"), np.float64(plan.eps)),
             *(*self.given_rstd(planes), np.int32(known), planes, partial),
@@ -371,11 +371,11 @@ class _Builder:
         plan, p = self.plan, self.problem
         box = config.split_box(p, self.device)
         part = config.part_values(p.real)
-        parts = self.empty("parts", (p.N, box.parts, p.G, part))
+        parts = self.empty("parts", (p.N, box.parts, p.units, part))
         shared = config.moments_bytes(box, p)
         self.launch("moments", box, _ints(box.group_team), (*self.array("x"), parts, *self.mask), shared)
         threads, team = config.merge_threads(box.parts)
-        groups = p.N * p.G
+        groups = p.N * p.units
         results = (
             *(np.float64(plan.eps), np.int32(m2 is not None), *self.given_rstd(parts)),
             *(parts if name is None else name for name in (mean, rstd, m2, count, planes)),
@@ -386,7 +386,7 @@ class _Builder:
             "merge_moments",
             -(-groups * team // threads),
             threads,
-            *(parts, np.int64(groups), *_ints(p.G, box.parts, team)),
+            *(parts, np.int64(groups), *_ints(p.units, box.parts, team)),
             *(channels, np.int32(labelled), *results),
         )
         if labelled:
@@ -424,7 +424,7 @@ class _Builder:
         """One block for each box, unless `blocks` says otherwise."""
         p = self.problem
         parameters = (  # BOX_PARAMETERS of kernels/box.cuh
-            *(np.int64(p.N), np.int64(p.outer), np.int32(p.C), np.int64(p.inner), np.int32(p.D)),
+            *(np.int64(p.N), np.int64(p.outer), np.int32(p.C), np.int64(p.inner), np.int32(p.unit)),
             *_ints(box.samples, box.rows, box.channels, box.columns),
             *_ints(box.row_tiles, box.channel_tiles, box.column_tiles, box.pitch, box.flat),
         )
@@ -473,7 +473,7 @@ class _Builder:
             return config.resident_box(self.problem, self.device)
         if not self.problem.single:
             return None
-        whole = replace(self.problem, D=self.problem.C, labels=self.plan.G)
+        whole = replace(self.problem, unit=self.problem.C, labels=self.plan.G)
         box = config.resident_box(whole, self.device)
         if box is not None:
             self.problem = whole
