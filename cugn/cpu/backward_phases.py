@@ -17,7 +17,7 @@ from .access import word
 from .backward_loops import apply_kernels
 from .chunks import chunk_memory, place_of
 from .compile import inner
-from .convert import itemsize, to_compute
+from .convert import itemsize, loader, storer, to_compute
 from .gradients import task_gradients
 from .groups import coefficient_kernel, given_finish, group_of, record_lanes
 from .labelled import group_sums
@@ -25,7 +25,7 @@ from .mask_memory import open_mask
 from .masked import kept_sums
 from .memory import bits_float, load_f64, load_i64, store_f64, store_i64
 from .phases import GATES, keeps_dz
-from .simd import LANES, fma
+from .simd import LANES, fma, splat
 from .statistics import pair, record_writer
 from .sums import add_layers, sum_kernels
 from .words import FOLDED, SUMS
@@ -165,6 +165,7 @@ def sums_finish(compute: str, labelled: bool, masked: bool, gated: bool) -> Any:
     """Kernel: the records and gradients that come from a task's sums; `gated` in float64 alone."""
     fill = record_writer(compute)
     channels_of, channel_at, over_group = group_sums(labelled)
+    load64_part, store64_part = loader("float64", "float64")[1], storer("float64", "float64")[1]
     sums_kept = SUMS + masked
     double = compute == "float64"
 
@@ -208,10 +209,17 @@ def sums_finish(compute: str, labelled: bool, masked: bool, gated: bool) -> Any:
             if masked:
                 store_f64(record, w.RATIO, load_f64(record, w.RATIO) * (elements / elements))
             ratio = load_f64(record, w.RATIO)
-            for k in range(start, start + size):
-                c = channel_at(geometry, k)
-                sum_vt = fma(-mean_t, load_f64(totals, c), load_f64(totals + padded, c))
-                store_f64(totals + padded, c, ratio * sum_vt)
+            if labelled:
+                for k in range(start, start + size):
+                    c = channel_at(geometry, k)
+                    sum_vt = fma(-mean_t, load_f64(totals, c), load_f64(totals + padded, c))
+                    store_f64(totals + padded, c, ratio * sum_vt)
+            else:
+                for c in range(start, start + size, LANES):
+                    left = min(LANES, start + size - c)
+                    at = totals + padded + 8 * c
+                    sums_vt = fma(splat(-mean_t), load64_part(totals + 8 * c, left), load64_part(at, left))
+                    store64_part(at, splat(ratio) * sums_vt, left)
             mean_v = over_group(geometry, g, totals, weight, scratch) / count
             mean_v_xhat = over_group(geometry, g, totals + padded, weight, scratch) / count
             store_f64(record, w.OFFSET, -ratio * mean_v)
