@@ -4,9 +4,8 @@ input.
 v is dy times the activation's slope; t = x*POWER - mean*POWER is x_hat up to the group's RATIO. Both are read once. In
 float32 lanes at most four terms are added, and two such sums before float64 takes them: that loses at most 7u of the
 sum of all |terms|, of the 8u that a gradient may be off, and runs at the speed of the memory (11 Gelem/s, 7 in
-float64). Sums that
-are not finite that way are taken again in float64. The sum of t is taken in float64 calls only: it is the part of
-the mean that one float64 does not hold.
+float64). Sums that are not finite that way are taken again in float64. The sum of t is taken in float64 calls only: it
+is the part of the mean that one float64 does not hold.
 """
 
 from __future__ import annotations
