@@ -198,7 +198,7 @@ def foldable(record: int, arrays: int) -> bool:
 
     Then w*x_hat + b = A*x + B costs one operation and two vectors of coefficients, not three and five. A and B are
     rounded about values that |mean|/std makes larger, so this is for means up to one standard deviation: 4u of the 6u
-    that the result may be off. Products must not leave the normal numbers where those of x_hat do not.
+    that the result may be off, 8u in float64. Products must not leave the normal numbers where those of x_hat do not.
     """
     rstd = load_f64(record, w.RSTD)
     if not (abs(load_f64(record, w.MEAN)) * rstd <= 1.0 and 2.0**-20 <= rstd <= 2.0**20):
@@ -207,6 +207,8 @@ def foldable(record: int, arrays: int) -> bool:
         power = load_f64(record, w.POWER)
         slope = abs(load_f64(record, w.SLOPE)) * power * power
         if not (slope == 0.0 or 2.0**-80 <= slope <= 2.0**80):
+            return False
+        if load_f64(record, w.DX_POWER) != power:  # a group of two elements
             return False
         return abs(load_f64(record, w.OFFSET)) <= 2.0**80
     return True
@@ -220,19 +222,19 @@ def coefficient_kernel(compute: str, tangents: bool = False) -> Any:
     The first `arrays` of: power, minus_high, minus_low of the group, weight * RATIO, bias, SLOPE, OFFSET of the group;
     in float64 also DX_POWER; with `tangents`, in its place, weight's tangent * RATIO, bias's tangent, and the last
     seven words of the group's record.
-    With `fold`, in float32, the coefficients of x itself, and 1, -0.0, -0.0 for the first three, where a group and the
+    With `fold`, the coefficients of x itself, and 1, -0.0, -0.0 for the first three, where a group and the
     weight allow that: the same bits whether a loop makes use of it or not. CALL_FOLDED says whether all are such.
     A participant keeps those of whole rows from chunk to chunk: `tag` says which task and phase they are for.
     """
     store_c, _, _ = storer(compute, "float64")
     size = 4 if compute == "float32" else 8
-    single = compute == "float32"  # float64 keeps the digits of a mean in two parts, whatever x was shifted by before
+    double = compute == "float64"
     last_field = w.RECORD_BYTES // 8 if tangents else w.DX_POWER + 1
 
     @inner
     def limit(record: int, arrays: int, fold: bool) -> float:
         # weights up to which the coefficients are folded: none where the group's are not
-        return 2.0**60 if single and fold and foldable(record, arrays) else -1.0
+        return 2.0**60 if fold and foldable(record, arrays) else -1.0
 
     @inner
     def field_of(record: int, fields: int, field: int, by_channel: bool) -> Any:
@@ -259,7 +261,7 @@ def coefficient_kernel(compute: str, tangents: bool = False) -> Any:
         tangent = bias + word(geometry, w.BIAS_AT) - word(geometry, w.WEIGHT_AT)
         shift_tangent = tangent + word(geometry, w.BIAS_AT) - word(geometry, w.WEIGHT_AT)
         zero, one = splat(0.0), splat(1.0)
-        unfolded = zero if single and fold else one
+        unfolded = zero if fold else one
         c = channel0
         by_channel = word(geometry, w.LABELS) != 0 and inner_size == 1
         fields = scratch + word(geometry, w.BLOCKS_AT)
@@ -306,9 +308,10 @@ def coefficient_kernel(compute: str, tangents: bool = False) -> Any:
                 if arrays > 5:
                     store_c(at + 5 * each, select(fits, slope * power * power, slope))
                     store_c(at + 6 * each, select(fits, power * fma(slope, high + low, offset), offset))
-                if not (single or tangents):  # noqa: SIM102 - as below
+                if double and not tangents:  # noqa: SIM102 - as below
                     if arrays > 7:
-                        store_c(at + 7 * each, field_of(record, fields, w.DX_POWER, by_channel))
+                        dx_power = field_of(record, fields, w.DX_POWER, by_channel)
+                        store_c(at + 7 * each, select(fits, one, dx_power))
                 if tangents:  # noqa: SIM102 - known when the kernel is compiled, which otherwise has none of it
                     if arrays > 7:
                         if inner_size == 1:
