@@ -32,7 +32,7 @@ _CONTIGUOUS, _OWNED, _WRITEABLE = 1 | 2, 4, 0x400
 _LARGEST_ITEM = 8
 
 _NAMED = 4  # of a call, known by address: the operation, two axes, the activation
-SLOTS = 1024  # 1 MB, of which untouched pages take none; 100 calls lose 5 to others
+SLOTS = 1024  # 1.5 MB, of which untouched pages take none; of 100 calls some 5 come to the slots of others
 _MOST_AXES = 8
 _LENGTH = 6 + 10 * (2 + 2 * _MOST_AXES)  # words of a description, of ten arrays at most
 # a table: addresses of None and of np.ndarray, then room for the description in question, then the slots
