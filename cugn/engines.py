@@ -48,11 +48,11 @@ def dispatch(
     call = (*arrays, operation, channel_axis, batch_axis, activation, eps)
     if type(groups) is not int:
         groups = groups_key(groups)
-    # by value an int, by address labels, whose key stays the same object; what is neither 1, 2 ... is an error
-    number = -id(groups) if type(groups) is not int else groups
-    plain = type(eps) is float and (number > 0 or number != groups)
+    # an int by its value, labels by the address of their key, which stays the same object; ints below 1 are errors
+    known_by = groups if type(groups) is int else -id(groups)
+    plain = type(eps) is float and (type(groups) is not int or groups > 0)
     if plain and _recent is not None:
-        plan, apart = _recent.find(call, number, _REPLACEABLE[operation])
+        plan, apart = _recent.find(call, known_by, _REPLACEABLE[operation])
         if plan is not None:
             if not apart:
                 _check_out(operation, arrays)
@@ -63,7 +63,7 @@ def dispatch(
     if plain and engine.__name__ == "cugn.cpu":
         _recent = import_module("cugn.cpu.recent").recent()
         if _recent is not None:
-            _recent.enter(plan, call, number, groups)
+            _recent.enter(plan, call, known_by, groups)
     return engine, plan
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from . import functional, threads
-from .plan import ACTIVATIONS, FLOATS, INTEGERS
+from .plan import ACTIVATIONS, FLOATS, INTEGERS, OPERANDS, ROLES
 from .progress import Progress
 
 __all__ = ["warmup"]
 
-Array = Any
-Call = Callable[[], object]
+Call = Callable[..., object]
 
 LAYOUTS = ("channels_first", "channels_last", "table", "strided")
 C = 64
@@ -79,7 +79,7 @@ def warmup(
 
     chosen = {
         "dtypes": _listed("dtypes", dtypes, FLOATS + INTEGERS),
-        "operations": _listed("operations", operations, tuple(_CALLS)),
+        "operations": _listed("operations", operations, tuple(_FUNCTIONS)),
         "layouts": _listed("layouts", layouts, LAYOUTS),
         "activations": _listed("activations", activations, ACTIVATIONS),
     }
@@ -90,7 +90,7 @@ def warmup(
             continue
         if operation == "moments" and activation != chosen["activations"][0]:
             continue
-        with_mask = masks and operation in _WITH_MASK
+        with_mask = masks and "where" in OPERANDS[operation]
         for labelled, masked in itertools.product([False, True][: 1 + labels], [False, True][: 1 + with_mask]):
             calls += _calls(operation, dtype, layout, activation, labelled, masked)
     with Progress(progress, len(calls) + 1, "calls") as bar:
@@ -130,67 +130,35 @@ def _calls(
         "table": ((32, C), 1),
         "strided": ((2, C, 64), 1),
     }[layout]
-    made = {"x": _zeros(shape, dtype)}
-    made["dy"] = _zeros(shape, "float32" if dtype in INTEGERS else dtype)
+    x, like_x = _zeros(shape, dtype), _zeros(shape, "float32" if dtype in INTEGERS else dtype)
     if layout == "strided":
-        made = {name: np.repeat(array, 2, -1)[..., ::2] for name, array in made.items()}
-    where = np.ones(shape, bool) if masked else None
+        x, like_x = (np.repeat(array, 2, -1)[..., ::2] for array in (x, like_x))
     # tables do large groups otherwise than small ones
     for G in (1, C // 8) if layout == "table" else (2,):
-        groups: Any = list(np.arange(C) % G) if labelled else G
-        statistics = np.zeros((shape[0], G)), np.ones((shape[0], G))
-        options = {"channel_axis": axis, "activation": activation, "where": where}
-        yield from _CALLS[operation](made["x"], made["dy"], groups, statistics, options)
+        by_role = {"like x": like_x, "statistics": np.ones((shape[0], G))}
+        if masked:
+            by_role["mask"] = np.ones(shape, bool)
+        arrays = {name: by_role[ROLES[name]] for name in OPERANDS[operation] if ROLES[name] in by_role}
+        arrays.pop("out", None)
+        options: dict[str, Any] = {"groups": list(np.arange(C) % G) if labelled else G, "channel_axis": axis}
+        if operation != "moments":
+            options["activation"] = activation
+        function = _FUNCTIONS[operation]
+        yield partial(function, x=x, **arrays, **options)
+        if operation == "backward":
+            yield partial(function, x=x, **{**arrays, "mean": None, "rstd": None}, **options)
 
 
-def _forward(x: Array, dy: Array, groups: Any, statistics: Any, options: dict[str, Any]) -> Iterator[Call]:
-    yield lambda: functional.group_norm(x, groups, **options)
-
-
-def _backward(x: Array, dy: Array, groups: Any, statistics: Any, options: dict[str, Any]) -> Iterator[Call]:
-    mean, rstd = statistics
-    yield lambda: functional.group_norm_backward(dy, x, groups, **options)
-    yield lambda: functional.group_norm_backward(dy, x, groups, mean=mean, rstd=rstd, **options)
-
-
-def _jvp(x: Array, dy: Array, groups: Any, statistics: Any, options: dict[str, Any]) -> Iterator[Call]:
-    yield lambda: functional.group_norm_jvp(dy, x, groups, **options)
-
-
-def _double_backward(x: Array, dy: Array, groups: Any, statistics: Any, options: dict[str, Any]) -> Iterator[Call]:
-    yield lambda: functional.group_norm_double_backward(dy, dy, x, groups, **options)
-
-
-def _moments(x: Array, dy: Array, groups: Any, statistics: Any, options: dict[str, Any]) -> Iterator[Call]:
-    yield lambda: functional.moments(x, groups, channel_axis=options["channel_axis"], where=options["where"])
-
-
-def _normalize(x: Array, dy: Array, groups: Any, statistics: Any, options: dict[str, Any]) -> Iterator[Call]:
-    mean, rstd = statistics
-    rest = {name: options[name] for name in ("channel_axis", "activation")}
-    yield lambda: functional.normalize(x, mean, rstd, groups, **rest)
-
-
-def _backward_sums(x: Array, dy: Array, groups: Any, statistics: Any, options: dict[str, Any]) -> Iterator[Call]:
-    mean, rstd = statistics
-    rest = {name: options[name] for name in ("channel_axis", "activation")}
-    yield lambda: functional.backward_sums(dy, x, mean, rstd, groups, **rest)
-
-
-def _backward_apply(x: Array, dy: Array, groups: Any, statistics: Any, options: dict[str, Any]) -> Iterator[Call]:
-    mean, rstd = statistics
-    yield lambda: functional.backward_apply(dy, x, mean, rstd, mean, rstd, groups, **options)
-
-
-_CALLS: dict[str, Callable[..., Iterator[Call]]] = {
-    "forward": _forward,
-    "backward": _backward,
-    "jvp": _jvp,
-    "double_backward": _double_backward,
-    "moments": _moments,
-    "normalize": _normalize,
-    "backward_sums": _backward_sums,
-    "backward_apply": _backward_apply,
+_FUNCTIONS: dict[str, Call] = {
+    "forward": functional.group_norm,
+    "backward": functional.group_norm_backward,
+    "jvp": functional.group_norm_jvp,
+    "double_backward": functional.group_norm_double_backward,
+    "moments": functional.moments,
+    "normalize": functional.normalize,
+    "backward_sums": functional.backward_sums,
+    "backward_apply": functional.backward_apply,
 }
-_OF_INTEGERS = ("forward", "moments", "normalize")
-_WITH_MASK = ("forward", "backward", "jvp", "double_backward", "moments", "backward_apply")
+_OF_INTEGERS = tuple(
+    operation for operation, names in OPERANDS.items() if not any(ROLES[n] == "like x" for n in names if n != "out")
+)

@@ -11,7 +11,8 @@ import pytest
 from libraries import FLOATS, dtype_of, forget_plans, threads
 
 import cugn
-from cugn.cpu import geometry
+from cugn.cpu import geometry, words
+from cugn.plan import Plan, Spec
 
 FACTOR = {"float16": 4, "bfloat16": 4, "float32": 4, "float64": 8}
 TABLES = [(64, 256, 32), (5, 30, 5), (7, 30, 30), (3, 1000, 1), (100, 513, 3), (300, 96, 2), (2, 4099, 1)]
@@ -164,6 +165,15 @@ class Guarded:
 
     def is_safe(self) -> bool:
         return bool((self.memory[self.around] == 77).all())
+
+
+def test_streaming_goes_by_all_arrays() -> None:
+    """A backward of 3 x 12 MB leaves the caches, which hold its forward's 2 x 12 MB from call to call."""
+    x = np.empty((2, 64, 24, 1024), np.float32)
+    for arrays, streams in (([x, x], False), ([x, x, x], True)):
+        plan = Plan.of(Spec(np.ndarray, x.shape, x.dtype, x.strides), 8, [])
+        made = geometry.of(plan, arrays, 2, compute="float32", phases=2)
+        assert bool(made.words[words.STREAM]) == streams
 
 
 @pytest.mark.rare(when=lambda dtype, options: dtype in ("bfloat16", "float64") and options in ("relu", "labels"))

@@ -44,7 +44,7 @@ SHARED_CACHE = 8 << 20
 STREAM_FROM = 32 << 20
 """Bytes of all arrays from which the output is written past the caches, which do not hold them from call to call.
 
-By the output alone, a backward of 38 MB took up to 1.5 times as long, and a forward of 25 MB, streamed, 1.1 to 1.4.
+By the output alone, a backward of 38 MB took 1.2 to 1.6 times as long, and a forward of 25 MB, streamed, 1.1 to 1.4.
 """
 STREAM_CHUNK_FROM = 8 << 20
 """The same where other threads write chunks of their own: of 8 MB 0.77 of the time, forward and backward."""
