@@ -530,6 +530,24 @@ def test_interrupt_while_importing(kernels: Path, module: str) -> None:
     )
 
 
+def test_numba_is_imported_beside_the_main_thread(kernels: Path) -> None:
+    """Python keeps parts of an import of Numba that Ctrl-C breaks off, and they cannot be imported again."""
+    run(
+        """
+        seen = []
+        class Watch:
+            def find_spec(self, name, path=None, target=None):
+                if name.partition(".")[0] in ("numba", "llvmlite"):
+                    seen.append(name)
+                    assert threading.current_thread() is not threading.main_thread(), name
+        sys.meta_path.insert(0, Watch())
+        learn(); rounds(5)
+        assert "numba.core.types" in seen
+        """,
+        cache=kernels,
+    )
+
+
 def test_a_storm_of_signals(kernels: Path) -> None:
     """Handlers that run ten thousand times a second change nothing."""
     run(
