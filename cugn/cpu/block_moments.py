@@ -109,6 +109,14 @@ def about(shift: Any, s: Any, square: Any, n: Any) -> Any:
     return high, rounding(shift, offset, high), select(less(m2, splat(0.0)), splat(0.0), m2)  # so that a NaN stays one
 
 
+@inner
+def about_zero(s: Any, square: Any, n: Any, inverse: Any) -> Any:
+    """The same from the sums of x and of x*x. `inverse` is 1/n: a second division would take as long as 16 sums."""
+    mean = s / n
+    minus = splat(0.0) - mean
+    return mean, fma(minus, n, s) * inverse, fma(minus, s, square)
+
+
 @cache
 def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
     """rect(p, rows, row_bytes, cols, scale, scratch, out) -> one partial; columns(...) -> mean and m2 of each."""

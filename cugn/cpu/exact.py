@@ -31,23 +31,22 @@ def array_at(address: int, left: int) -> Any:
 
 
 @inner
+def bits_of_count(terms: int) -> int:
+    """The least k with 2**k >= terms: the exponent of 2*terms - 1."""
+    return (float_bits(float(2 * terms - 1)) >> 52) - 1023
+
+
+@inner
 def splitter(largest: float, terms: int) -> float:
     """1.5 * 2^k: adding it to terms up to `largest` and taking it away rounds them to what can be added exactly."""
-    k = ((float_bits(largest) >> 52) & 2047) - 1023 + 2
-    while terms > 1:
-        terms = (terms + 1) // 2
-        k += 1
+    k = ((float_bits(largest) >> 52) & 2047) - 1023 + 2 + bits_of_count(terms)
     return 1.5 * bits_float((max(k, -900) + 1023) << 52)
 
 
 @inner
 def rest_splitter(first: float, terms: int) -> float:
     """The splitter of what is left by another one: half of its last digit at most."""
-    scale = 2.0**-52
-    while terms > 1:
-        terms = (terms + 1) // 2
-        scale *= 2.0
-    return first * scale
+    return first * bits_float((bits_of_count(terms) - 52 + 1023) << 52)
 
 
 @inner

@@ -12,10 +12,10 @@ from typing import Any
 from . import words as w
 from .access import word
 from .adders import add_kept
+from .block_moments import PLAIN, about, about_zero
 from .compile import inner
 from .convert import loader, storer
 from .exact import exact_sum, merge_arrays
-from .masked import finish_columns
 from .memory import load_f64, load_i64, store_f64
 from .simd import (
     LANES,
@@ -56,54 +56,86 @@ def short_runs(dtype: str, compute: str, itemsize: int) -> Any:
         return widen(load_part(p, left))
 
     @inner
-    def runs(p: int, channels: int, count: int, scratch: int, folded: int) -> None:
+    def shift_of(q: int, count: int) -> float:
+        # float64: the mean, near enough; float32, whose differences are exact in float64: the first element
+        if not double:
+            return first_lane(widen(load_part(q, 1)))
+        total = splat(0.0)
+        for j in range(0, count, LANES):
+            total += lanes_at(q + j * itemsize, count - j)
+        return reduce_add(total) / float(count)
+
+    @inner
+    def sixteen(p: int, channels: int, count: int, shifts: int, folded: int, shifted: bool) -> Any:
+        # sums of d = x - shift (else of x) and of d*d of up to 16 channels
         singles = folded + 2 * FOLDED_SUM
-        padded = 8 * ((channels + LANES - 1) // LANES * LANES)
         zero = splat(0.0)
         whole = count // LANES * LANES
         left = count - whole
         tail = first_lanes(left)
-        n = float(count)
         for c in range(channels):
             q = p + c * count * itemsize
-            if double:
-                total = zero
-                for j in range(0, count, LANES):
-                    total += lanes_at(q + j * itemsize, count - j)
-                shift = reduce_add(total) / n
-            else:
-                shift = first_lane(widen(load_part(q, 1)))
+            shift = load_f64(shifts, c) if shifted else 0.0
             minus = splat(-shift)
             total = zero
             square = zero
             for j in range(0, whole, LANES):
-                d = widen(load(q + j * itemsize)) + minus
+                d = widen(load(q + j * itemsize))
+                if shifted:
+                    d += minus
                 total += d
                 square = fma(d, d, square)
             if left > _SINGLE:
-                d = select(tail, widen(load_part(q + whole * itemsize, left)) + minus, zero)
+                d = widen(load_part(q + whole * itemsize, left))
+                if shifted:
+                    d = select(tail, d + minus, zero)
                 total += d
                 square = fma(d, d, square)
             else:
                 for j in range(left):
                     last = first_lane(widen(load_part(q + (whole + j) * itemsize, 1)))
-                    store_f64(singles, j * LANES + c % LANES, last - shift)
-            store_f64(scratch, c, shift)
-            store_folded(folded + c % LANES * FOLDED, total)
-            store_folded(folded + FOLDED_SUM + c % LANES * FOLDED, square)
-            if c % LANES == LANES - 1 or c == channels - 1:
-                # the arrays are whole vectors: what is beyond the last channel is nothing that is read
-                at = scratch + 8 * (c - c % LANES)
-                total = folded_sums(folded)
-                square = folded_sums(folded + FOLDED_SUM)
-                for j in range(left if left <= _SINGLE else 0):
-                    d = _load64(singles + 8 * j * LANES)
-                    total += d
-                    square = fma(d, d, square)
-                _store64(at + padded, total)
-                _store64(at + 2 * padded, square)
-                _store64(at + 3 * padded, splat(n))
-        finish_columns(scratch, channels)
+                    store_f64(singles, j * LANES + c, last - shift)
+            store_folded(folded + c * FOLDED, total)
+            store_folded(folded + FOLDED_SUM + c * FOLDED, square)
+        total = folded_sums(folded)
+        square = folded_sums(folded + FOLDED_SUM)
+        for j in range(left if left <= _SINGLE else 0):
+            d = _load64(singles + 8 * j * LANES)
+            total += d
+            square = fma(d, d, square)
+        return total, square
+
+    @inner
+    def runs(p: int, channels: int, count: int, scratch: int, folded: int) -> None:
+        padded = 8 * ((channels + LANES - 1) // LANES * LANES)
+        n = splat(float(count))
+        inverse = splat(1.0 / float(count))
+        for c in range(0, channels, LANES):
+            # the arrays are whole vectors: what is beyond the last channel is nothing that is read
+            q = p + c * count * itemsize
+            here = min(LANES, channels - c)
+            at = scratch + 8 * c
+            cancelled = True
+            if not double:
+                total, square = sixteen(q, here, count, at, folded, False)
+                mean, rest, m2 = about_zero(total, square, n, inverse)
+                again = less(m2 * splat(PLAIN), square)
+                cancelled = reduce_add(select(again, splat(1.0), splat(0.0))) != 0.0
+            if cancelled:
+                for k in range(here):
+                    store_f64(at, k, shift_of(q + k * count * itemsize, count))
+                total, square = sixteen(q, here, count, at, folded, True)
+                high, low, squares = about(_load64(at), total, square, n)
+                if double:
+                    mean, rest, m2 = high, low, squares
+                else:
+                    mean = select(again, high, mean)
+                    rest = select(again, low, rest)
+                    m2 = select(again, squares, m2)
+            _store64(at, mean)
+            _store64(at + padded, rest)
+            _store64(at + 2 * padded, m2)
+            _store64(at + 3 * padded, n)
 
     return runs
 

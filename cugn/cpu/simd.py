@@ -8,6 +8,7 @@ float32, two AVX2 ones, four of NEON.
 
 from __future__ import annotations
 
+import math
 import operator
 from functools import cache
 from typing import Any
@@ -295,13 +296,31 @@ def first_lane(typingctx: Any, value: Any) -> Any:
     return value.lane(value), codegen
 
 
+def _larger(builder: Any, a: Any, b: Any) -> Any:
+    return builder.select(builder.fcmp_ordered("<", a, b), b, a)
+
+
 @intrinsic
 def reduce_max(typingctx: Any, value: Any) -> Any:
-    """Largest lane (NaN lanes are passed over)."""
+    """Largest lane; NaN lanes are passed over, which LLVM's own reduction does at each step (27 operations, not 9)."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        name = suffix(args[0].type.element)
-        return call_intrinsic(builder, f"llvm.vector.reduce.fmax.{name}", args[0].type.element, args)
+        (vec,) = args
+        none = constant(vec.type.element, -math.inf)
+        vec = builder.select(builder.fcmp_ordered("==", vec, vec), vec, none)
+        width = LANES
+        i32 = ir.IntType(32)
+        while width > 1:
+            width //= 2
+            undefined = ir.Constant(vec.type, ir.Undefined)
+            low, high = (
+                builder.shuffle_vector(
+                    vec, undefined, ir.Constant(ir.VectorType(i32, width), list(range(start, start + width)))
+                )
+                for start in (0, width)
+            )
+            vec = _larger(builder, low, high)
+        return builder.extract_element(vec, ir.Constant(i32, 0))
 
     return value.lane(value), codegen
 
@@ -339,12 +358,8 @@ def power_below(typingctx: Any, value: Any) -> Any:
 
 @intrinsic
 def vector_max(typingctx: Any, a: Any, b: Any) -> Any:
-    """The larger of the two, lane by lane (a NaN gives way)."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return call_intrinsic(builder, f"llvm.maxnum.{suffix(args[0].type.element)}", args[0].type, args)
-
-    return a(a, b), codegen
+    """The larger of the two, lane by lane; a where b is NaN."""
+    return a(a, b), lambda context, builder, sig, args: _larger(builder, *args)
 
 
 @intrinsic
