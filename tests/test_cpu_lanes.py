@@ -87,6 +87,11 @@ def test_a_sample_has_its_own_lane(dtype: str, form: str) -> None:
     """Samples of any number, order, distance and batch axes, by any threads: each has the bits that it has alone."""
     rng = np.random.default_rng(1)
     x, dy = rng.normal(3, 2, size=(2, 47, C)).astype(dtype_of(dtype))
+    if dtype == "float64":  # beside samples of other powers of two than they are taken with
+        x[[3, 17]] *= 1e-200
+        x[[5, 30]] *= 1e200
+        x[[8, 40]] = 2.5
+        x[20, :7] = 1e300
     weight, bias = rng.normal(size=(2, C)).astype(dtype_of(dtype))
     options = arguments_of(form, len(x))
     where = options.pop("where", None)

@@ -320,3 +320,21 @@ def test_a_group_far_from_zero_leaves_the_others_alone(dtype: str, options: str)
             _same(cugn.group_norm(**far)[others], cugn.group_norm(**arguments)[others])
             dx, wanted = (cugn.group_norm_backward(dy=dy, **which).dx for which in (far, arguments))
             _same(dx[others], wanted[others])
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200, 0.0])
+@pytest.mark.parametrize(("activation", "positions"), [("silu", 9), ("gelu", 1), (None, 2)])
+def test_statistics_that_are_given_back(activation: str | None, positions: int, scale: float) -> None:
+    """float64: a backward given the forward's statistics is the one without, also beside squares out of range."""
+    rng = np.random.default_rng(5)
+    x, dy = rng.normal(1e3, 1, size=(2, 3, 4, positions))
+    x[1] *= scale
+    groups = 4 if positions > 1 else 2
+    eps = 0.0 if activation is None else 1e-5
+    _, mean, rstd = cugn.group_norm_forward(x, groups, eps=eps)
+    options: dict[str, Any] = {"activation": activation, "eps": eps}
+    given = cugn.group_norm_backward(dy, x, groups, mean=mean, rstd=rstd, **options)
+    without = cugn.group_norm_backward(dy, x, groups, **options)
+    alone = cugn.group_norm_backward(dy[:1], x[:1], groups, mean=mean[:1], rstd=rstd[:1], **options)
+    assert given.dx.tobytes() == without.dx.tobytes()
+    assert given.dx[:1].tobytes() == alone.dx.tobytes()

@@ -7,7 +7,7 @@ float32 lanes (float16, bfloat16, float32, small integers): float64 sums of x an
 more than 11 standard deviations, of d = x - shift and d*d, where shift is the block's first element, 8.7 Gelem/s. The
 variance loses at most a factor `elements of the block` of float64's 2^-53 then, so BLOCK = 4096 keeps 1e-12. float64
 lanes: sums of d and d*d about the mean of the block's first elements, and about the mean that this finds where more
-than a bit of m2 cancels; compensated every _STEPS additions. x is multiplied by a power of two on the way, which is 1
+than a bit of m2 cancels; compensated every STEPS additions. x is multiplied by a power of two on the way, which is 1
 except where squares left float64's range. Merging takes the partials in order: their means relative to the first
 one's, then m2 about the common mean.
 """
@@ -34,7 +34,7 @@ _store64 = storer("float64", "float64")[0]
 # rows taken together by the column kernel: eight streams, accumulators in L1 read and written once for all of
 # them
 _ROWS = 8
-_STEPS = 8  # additions of float64 lanes before the rounding of their sum is kept
+STEPS = 8  # additions of float64 lanes before the rounding of their sum is kept
 
 
 @inner
@@ -187,7 +187,7 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
             q = p + r * row_bytes
             left = cols
             while left > 0:
-                stop = max(left - _STEPS * 2 * LANES, 0) if double else 0
+                stop = max(left - STEPS * 2 * LANES, 0) if double else 0
                 steps += (left - stop + 2 * LANES - 1) // (2 * LANES)
                 while left - stop >= 2 * LANES:
                     if double:
@@ -213,7 +213,7 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
                     sum1 += d1
                     square1 = fma(d1, d1, square1)
                     left = stop
-                if double and steps >= _STEPS:
+                if double and steps >= STEPS:
                     # values of one magnitude (two-valued images) round the same way again and again: 16u in 64 steps
                     steps = 0
                     part = sum0 + sum1

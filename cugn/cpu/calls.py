@@ -264,11 +264,15 @@ def _own(plan: Plan, x: Array, mean: Array, rstd: Array, where: Array) -> bool:
 
     with np.errstate(all="ignore"):
         count, own, m2 = moments(plan, x, where)
-        scale = 1 / np.sqrt(m2 / count + plan.eps)
-        near = np.abs(own - mean) * scale <= 1e-9 * (1 + np.abs(own) * scale)
-        near &= np.abs(scale - rstd) <= 1e-9 * scale
+        variance = m2 / count + plan.eps
+        scale = 1 / np.sqrt(variance)
+        near = np.abs(own - mean) * rstd <= 1e-9 * (1 + np.abs(own) * rstd)
+        # one group whose squares leave the range must not take the digits of all others
+        told = (variance > 2.0**-900) & (variance < 2.0**1000)
+        near &= (np.abs(scale - rstd) <= 1e-9 * scale) | ~told
+        constant = np.isinf(scale) & np.isinf(rstd)
         none = np.isnan(own) & np.isnan(mean) & np.isnan(rstd)  # of a group of which a mask keeps nothing, or spoiled
-        return bool((near | none).all())
+        return bool((near | constant | none).all())
 
 
 def backward(

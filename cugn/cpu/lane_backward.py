@@ -8,12 +8,13 @@ from typing import Any
 from . import words as w
 from .access import word
 from .activate import activation_kernels
-from .adders import add_to, adder
+from .adders import add_kept, add_to, adder
+from .block_moments import STEPS
 from .compile import inner
 from .convert import itemsize, loader, mask_loader, storer
 from .labelled import group_sums
 from .lane_memory import move_statistics, read_mask, reader, real_of, writer
-from .lane_moments import elements, group_moments, inverse_deviation
+from .lane_moments import elements, group_moments, inverse_deviation, unscaled
 from .memory import bits_float, load_f64, load_i64
 from .simd import (
     LANES,
@@ -77,7 +78,6 @@ def backward_block(x: str, y: str, compute: str, activation: str | None, labelle
     normal, root_of = elements(real), inverse_deviation(real)
     slope = activation_kernels(compute, activation)[1]
     exact, double, active = real == "float64", compute == "float64", activation is not None
-    begin, add, total_of = adder(exact and not labelled)
     begin_any, add_any, total_any = adder(exact, ordered=False)
     add_samples = add_channels(exact)
     kept = active and not double
@@ -149,10 +149,10 @@ def backward_block(x: str, y: str, compute: str, activation: str | None, labelle
                 if given:
                     # of the mean alone one float64 is not enough (nor for a dweight in float64), or it may be that of
                     # other elements than a mask keeps
-                    root = _load64(rstds + 8 * LANES * g) / scale
+                    root = unscaled(_load64(rstds + 8 * LANES * g), scale)
                 else:
                     root = root_of(m2, values, scale, eps)
-                    _store64(means + 8 * LANES * g, (mean + rest) / scale)
+                    _store64(means + 8 * LANES * g, unscaled(mean + rest, scale))
                     _store64(rstds + 8 * LANES * g, root * scale)
             else:
                 mean, rest, scale = _load64(means + 8 * LANES * g), zero, splat(1.0)
@@ -162,34 +162,45 @@ def backward_block(x: str, y: str, compute: str, activation: str | None, labelle
             mean = select(there, mean, zero)
             rest = select(there, rest, zero)
             root = select(there, root, zero)
-            sums = begin()
-            sums_x = begin()
+            sum_v = zero
+            sum_vx = zero
+            lost_v = zero
+            lost_vx = zero
             most_v = zero
             most_vx = zero
-            for k in range(first, first + size):
-                c = channel_at(geometry, k)
-                a = load_f64(weight, c)
-                x_hat = normal(turned + c * line, mean, rest, root, scale)
-                dy = load(turned_dy + c * line)
-                if active:
-                    dz = slope_of(dy, fma(x_hat, splat(a), splat(load_f64(bias, c))))
-                    v = widen(dz)
-                    if kept:
-                        store(turned_dy + c * line, dz)
+            for begun in range(first, first + size, STEPS):
+                part_v = zero
+                part_vx = zero
+                for k in range(begun, min(begun + STEPS, first + size)):
+                    c = channel_at(geometry, k)
+                    a = load_f64(weight, c)
+                    x_hat = normal(turned + c * line, mean, rest, root, scale)
+                    dy = load(turned_dy + c * line)
+                    if active:
+                        dz = slope_of(dy, fma(x_hat, splat(a), splat(load_f64(bias, c))))
+                        v = widen(dz)
+                        if kept:
+                            store(turned_dy + c * line, dz)
+                    else:
+                        v = widen(dy)
+                    store_folded(folded + c * FOLDED, v)
+                    store_folded(folded_x + c * FOLDED, v * x_hat)
+                    v = v * splat(a)
+                    if labelled:
+                        absolute = vector_abs(v)
+                        most_v = select(less(most_v, absolute), absolute, most_v)
+                        absolute = vector_abs(v * x_hat)
+                        most_vx = select(less(most_vx, absolute), absolute, most_vx)
+                    part_v += v
+                    part_vx = fma(v, x_hat, part_vx)
+                if exact and not labelled:
+                    sum_v, lost_v = add_kept(sum_v, lost_v, part_v)
+                    sum_vx, lost_vx = add_kept(sum_vx, lost_vx, part_vx)
                 else:
-                    v = widen(dy)
-                store_folded(folded + c * FOLDED, v)
-                store_folded(folded_x + c * FOLDED, v * x_hat)
-                v = v * splat(a)
-                if labelled:
-                    absolute = vector_abs(v)
-                    most_v = select(less(most_v, absolute), absolute, most_v)
-                    absolute = vector_abs(v * x_hat)
-                    most_vx = select(less(most_vx, absolute), absolute, most_vx)
-                sums = add(sums, v, splat(1.0), zero)
-                sums_x = add(sums_x, v, x_hat, zero)
-            sum_v = total_of(sums, size, zero)
-            sum_vx = total_of(sums_x, size, zero)
+                    sum_v += part_v
+                    sum_vx += part_vx
+            sum_v += lost_v
+            sum_vx += lost_vx
             if labelled:
                 sum_v, sum_vx = sums_in_any_order(
                     geometry, first, size, turned, turned_dy, weight, bias, mean, rest, root, scale,

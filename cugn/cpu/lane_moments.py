@@ -6,11 +6,29 @@ import math
 from functools import cache
 from typing import Any
 
-from .adders import adder
+from .adders import add_kept, adder
+from .block_moments import STEPS
 from .compile import inner
 from .convert import itemsize, loader, mask_loader, to_compute
 from .labelled import group_sums
-from .simd import LANES, both, fma, less, power_below, rounding, select, splat, vector_sqrt, widen
+from .simd import (
+    LANES,
+    both,
+    count_lanes,
+    either,
+    equal,
+    fma,
+    inverse_of_power,
+    less,
+    power_below,
+    rounding,
+    select,
+    splat,
+    vector_abs,
+    vector_max,
+    vector_sqrt,
+    widen,
+)
 from .statistics import exponent, power_of_two
 
 _load_mask, _ = mask_loader()
@@ -33,14 +51,50 @@ def group_moments(real: str, labelled: bool, masked: bool) -> Any:
 
     The first three are of x*scale. Sums are of x - reference and of its square: one of the values, so that float64
     has digits enough for what cancels (up to 2^-52 times the number of values, of m2). For results in float64 it is the
-    mean that a first pass found.
+    mean that a first pass found; squares that leave the range are seen by m2, and only then is there another scale than
+    1. Looking for it first, dividing by it, and keeping what each addition loses took 0.4 of a forward's time.
     """
     channels_of, channel_at, _ = group_sums(labelled)
     load, line = loader(real, real)[0], LANES * itemsize(real)
     lanes = to_compute(real)
     exact = real == "float64"
+    plain = exact and not labelled and not masked
     begin, add, total_of = adder(exact, ordered=not labelled)
     begin_rough, add_rough, rough = adder(False, ordered=False)
+
+    @inner
+    def straight(turned: int, size: int) -> Any:
+        # mean, its rest and m2 of channels side by side; the lanes where x needs no scale
+        zero = splat(0.0)
+        start = load(turned)
+        total = zero
+        for k in range(1, size):
+            total += load(turned + k * line) - start
+        reference = fma(total, splat(1.0 / size), start)
+        sums = zero
+        squares = zero
+        sums_lost = zero
+        squares_lost = zero
+        for begun in range(0, size, STEPS):
+            s = zero
+            square = zero
+            for k in range(begun, min(begun + STEPS, size)):
+                d = load(turned + k * line) - reference
+                s += d
+                square = fma(d, d, square)
+            sums, sums_lost = add_kept(sums, sums_lost, s)
+            squares, squares_lost = add_kept(squares, squares_lost, square)
+        total = sums + sums_lost
+        offset = total / splat(float(size))
+        m2 = (squares + squares_lost) - total * offset
+        m2 = select(less(m2, zero), zero, m2)
+        fits = both(less(splat(2.0**-900), m2), less(m2, splat(2.0**1000)))
+        if count_lanes(fits) < LANES:
+            most = zero
+            for k in range(1, size):
+                most = vector_max(most, vector_abs(load(turned + k * line) - start))
+            fits = either(fits, equal(most, zero))  # equal values, or such that nothing is a number
+        return reference, offset, m2, fits
 
     @inner
     def moments(geometry: int, group: int, turned: int, mask: int, eps: float) -> Any:
@@ -50,6 +104,10 @@ def group_moments(real: str, labelled: bool, masked: bool) -> Any:
         count = zero if masked else splat(float(size))
         span = zero
         scale = one
+        if plain:
+            mean, rest, m2_of_mean, fits = straight(turned + first * line, size)
+            if count_lanes(fits) == LANES:
+                return mean, rest, m2_of_mean, count, one
         if exact or labelled or masked:
             # the largest, which does not depend on the order, and is one that is kept
             top = lanes(-math.inf)
@@ -104,6 +162,9 @@ def group_moments(real: str, labelled: bool, masked: bool) -> Any:
         offset = total / count
         m2 = total_of(squares, size, large_square) - total * offset
         m2 = select(less(m2, zero), zero, m2)
+        if plain:
+            scale = select(fits, one, scale)
+            return select(fits, mean, reference), select(fits, rest, offset), select(fits, m2_of_mean, m2), count, scale
         if exact:
             return reference, offset, m2, count, scale
         mean = reference + offset
@@ -124,6 +185,8 @@ def inverse_deviation(real: str) -> Any:
         if not exact:
             return splat(one) / vector_sqrt(variance + splat(eps))
         root = splat(one) / vector_sqrt(variance + splat(eps) * scale * scale)
+        if count_lanes(equal(scale, splat(one))) == LANES:
+            return root
         # of numbers far above 1 the scaled eps may be 0, while it is all there is of a constant group's
         unscaled = variance / scale / scale
         near = splat(one) / vector_sqrt(unscaled + splat(eps))
@@ -134,6 +197,12 @@ def inverse_deviation(real: str) -> Any:
         return select(less(scale, splat(one)), near, root)
 
     return root_of
+
+
+@inner
+def unscaled(value: Any, scale: Any) -> Any:
+    """value / scale."""
+    return value * inverse_of_power(scale)
 
 
 @cache

@@ -24,7 +24,7 @@ from .compile import inner
 from .convert import itemsize, loader, storer
 from .labelled import group_sums
 from .lane_memory import move_statistics, read_mask, reader, real_of, writer
-from .lane_moments import elements, group_moments, inverse_deviation
+from .lane_moments import elements, group_moments, inverse_deviation, unscaled
 from .memory import bits_float, load_f64, load_i64, store_f64
 from .simd import LANES, fma, less, narrow, select, splat
 
@@ -55,8 +55,8 @@ def moments_block(x: str, y: str, labelled: bool, masked: bool) -> Any:
         for g in range(groups):
             mean, rest, m2, values, scale = moments(geometry, g, turned, mask, 0.0)
             m2 = select(less(splat(0.0), values), m2, splat(0.0))  # of nothing it is 0, and the mean NaN
-            _store64(means + 8 * LANES * g, (mean + rest) / scale)
-            _store64(squares + 8 * LANES * g, m2 / scale / scale)
+            _store64(means + 8 * LANES * g, unscaled(mean + rest, scale))
+            _store64(squares + 8 * LANES * g, unscaled(unscaled(m2, scale), scale))
             if masked:
                 _store64(counts, values)
                 for r in range(count):
@@ -119,7 +119,7 @@ def forward_block(x: str, y: str, compute: str, activation: str | None, labelled
         for g in range(word(geometry, w.GROUPS)):
             mean, rest, m2, values, scale = moments(geometry, g, turned, mask, eps)
             root = root_of(m2, values, scale, eps)
-            _store64(means + 8 * LANES * g, (mean + rest) / scale)
+            _store64(means + 8 * LANES * g, unscaled(mean + rest, scale))
             _store64(rstds + 8 * LANES * g, root * scale)
             # the mean's second part is nothing in a y of float32
             apply(geometry, g, turned, scratch, mean, rest if exact else splat(0.0), root, scale)
@@ -151,7 +151,7 @@ def normalize_block(x: str, y: str, compute: str, activation: str | None, labell
             scale, root = one, _load64(rstds + 8 * LANES * g)
             if exact:  # x - mean may be out of range where x_hat is not
                 scale = select(less(root, one), splat(0.5), one)
-                root = root / scale
+                root = unscaled(root, scale)
             mean = _load64(means + 8 * LANES * g) * scale
             apply(geometry, g, turned, scratch, mean, splat(0.0), root, scale)
         write(geometry, call, _OUT, n0, count, turned, scratch)

@@ -387,6 +387,17 @@ def first_lanes(typingctx: Any, count: Any) -> Any:
 
 
 @intrinsic
+def inverse_of_power(typingctx: Any, value: Any) -> Any:
+    """1/value of powers of two from 2^-1022 to 2^1022, by their exponents."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        bits = builder.bitcast(args[0], vector_of(I64))
+        return builder.bitcast(builder.sub(constant(I64, 0x7FE << 52), bits), args[0].type)
+
+    return F64(F64), codegen
+
+
+@intrinsic
 def select(typingctx: Any, mask: Any, a: Any, b: Any) -> Any:
     """a where the mask is true, else b."""
     return a(MASK, a, b), lambda context, builder, sig, args: builder.select(*args)
@@ -409,6 +420,12 @@ less_equal = _compare("<=")
 def both(typingctx: Any, a: Any, b: Any) -> Any:
     """Lanes that are true in both masks."""
     return MASK(MASK, MASK), lambda context, builder, sig, args: builder.and_(*args)
+
+
+@intrinsic
+def either(typingctx: Any, a: Any, b: Any) -> Any:
+    """Lanes that are true in one of the masks."""
+    return MASK(MASK, MASK), lambda context, builder, sig, args: builder.or_(*args)
 
 
 @intrinsic
