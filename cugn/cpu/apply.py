@@ -13,6 +13,7 @@ from typing import Any
 from .activate import activation_kernels
 from .compile import inner
 from .convert import LINE, line_elements, loader, storer, to_compute
+from .phases import GATES
 from .simd import LANES, fma
 
 _ALIGN_FROM = 256
@@ -40,11 +41,20 @@ def apply_kernels(x: str, y: str, compute: str, activation: str | None, x_size: 
     load_c, _ = loader(compute, compute)
     lanes = to_compute(compute)
     act = activation_kernels(compute, activation)[0]
+    folds = activation in GATES
     c_size = 4 if compute == "float32" else 8
     line = line_elements(y)
 
     @inner
-    def run(px: int, py: int, count: int, p: Any, h: Any, m: Any, scale: float, shift: float, stream: bool) -> None:
+    def element(v: Any, p: Any, h: Any, m: Any, a: Any, b: Any, folded: bool) -> Any:
+        if folds and folded:  # known for a run; a gate leaves no operation free that memory would hide
+            return act(fma(v, a, b))
+        return act(fma(fma(v, p, h) + m, a, b))
+
+    @inner
+    def run(
+        px: int, py: int, count: int, p: Any, h: Any, m: Any, scale: float, shift: float, stream: bool, folded: bool
+    ) -> None:  # fmt: skip
         a = lanes(scale)
         b = lanes(shift)
         if count >= _ALIGN_FROM:
@@ -52,7 +62,7 @@ def apply_kernels(x: str, y: str, compute: str, activation: str | None, x_size: 
             head = (-py & (LINE - 1)) // y_size
             while head > 0:
                 here = min(head, LANES)
-                store_part(py, act(fma(fma(load_part(px, here), p, h) + m, a, b)), here)
+                store_part(py, element(load_part(px, here), p, h, m, a, b, folded), here)
                 px += here * x_size
                 py += here * y_size
                 count -= here
@@ -60,25 +70,25 @@ def apply_kernels(x: str, y: str, compute: str, activation: str | None, x_size: 
             if stream and py & (LINE - 1) == 0:
                 while count >= line:
                     for j in range(0, line, LANES):
-                        store_stream(py + j * y_size, act(fma(fma(load(px + j * x_size), p, h) + m, a, b)))
+                        store_stream(py + j * y_size, element(load(px + j * x_size), p, h, m, a, b, folded))
                     px += line * x_size
                     py += line * y_size
                     count -= line
         while count >= 2 * LANES:
-            y0 = act(fma(fma(load(px), p, h) + m, a, b))
-            y1 = act(fma(fma(load(px + LANES * x_size), p, h) + m, a, b))
+            y0 = element(load(px), p, h, m, a, b, folded)
+            y1 = element(load(px + LANES * x_size), p, h, m, a, b, folded)
             store(py, y0)
             store(py + LANES * y_size, y1)
             px += 2 * LANES * x_size
             py += 2 * LANES * y_size
             count -= 2 * LANES
         if count >= LANES:
-            store(py, act(fma(fma(load(px), p, h) + m, a, b)))
+            store(py, element(load(px), p, h, m, a, b, folded))
             px += LANES * x_size
             py += LANES * y_size
             count -= LANES
         if count > 0:
-            store_part(py, act(fma(fma(load_part(px, count), p, h) + m, a, b)), count)
+            store_part(py, element(load_part(px, count), p, h, m, a, b, folded), count)
 
     @inner
     def some_rows(

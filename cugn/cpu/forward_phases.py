@@ -11,8 +11,10 @@ from .apply import apply_kernels
 from .chunks import chunk_memory, place_of
 from .compile import inner
 from .convert import itemsize
-from .groups import coefficient_kernel, group_of, record_lanes
+from .groups import coefficient_kernel, foldable, group_of, record_lanes
 from .memory import load_f64, load_i64
+from .phases import GATES
+from .simd import fma
 
 _X, _OUT = 0, 1  # positions among the arrays of the geometry
 
@@ -25,6 +27,7 @@ def apply_chunk(x: str, y: str, compute: str, activation: str | None, by_rows: b
     expand = coefficient_kernel(compute)
     lanes_of = record_lanes(compute)
     open_chunk, close_chunk = chunk_memory(dense)
+    folds = activation in GATES
 
     @inner
     def chunk_apply(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
@@ -46,20 +49,25 @@ def apply_chunk(x: str, y: str, compute: str, activation: str | None, by_rows: b
             labelled = word(geometry, w.LABELS) != 0
             record = store
             p, h, m = lanes_of(record)
-            ratio = load_f64(record, w.RATIO)
+            fits = foldable(record, 5) if folds else False
             for r in range(rows):
                 for c in range(channels):
                     if labelled:
                         record = store + group_of(geometry, channel0 + c) * w.RECORD_BYTES
                         p, h, m = lanes_of(record)
-                        ratio = load_f64(record, w.RATIO)
+                        fits = foldable(record, 5) if folds else False
+                    factor = load_f64(weight, first + c)
+                    scale = load_f64(record, w.RATIO) * factor
+                    shift = load_f64(bias, first + c)
+                    folded = False
+                    if folds and fits and (factor == 0.0 or 2.0**-60 <= abs(factor) <= 2.0**60):
+                        folded = True
+                        shift = fma(scale, load_f64(record, w.MINUS_HIGH) + load_f64(record, w.MINUS_LOW), shift)
+                        scale *= load_f64(record, w.POWER)
                     run(
                         px + r * x_step + c * length * x_size,
                         py + r * y_step + c * length * y_size,
-                        length, p, h, m,
-                        ratio * load_f64(weight, first + c),
-                        load_f64(bias, first + c),
-                        stream,
+                        length, p, h, m, scale, shift, stream, folded,
                     )  # fmt: skip
         close_chunk(geometry, call, _OUT, place, scratch)
 

@@ -21,7 +21,7 @@ from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic
 
-from .memory import I8, I16, I64, pointer
+from .memory import I8, I64, pointer
 from .words import FOLDED
 
 LANES = 16
@@ -137,29 +137,6 @@ def cpu_has(feature: str) -> bool:
     if feature.startswith("avx") and not numba.config.ENABLE_AVX:
         return False
     return bool(binding.get_host_cpu_features().get(feature, False))
-
-
-@intrinsic
-def reciprocal(typingctx: Any, value: Any) -> Any:
-    """1/value, for normal numbers with a normal inverse.
-
-    In float32 lanes of AVX-512 an estimate of 14 bits and one of Newton's steps, right to 1u or so: three operations
-    where the division keeps the unit busy for ten.
-    """
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        (x,) = args
-        lane = x.type.element
-        if not (isinstance(lane, ir.FloatType) and cpu_has("avx512f")):
-            return builder.fdiv(constant(lane, 1.0), x)
-        every = ir.Constant(I16, -1)
-        estimate = call_intrinsic(builder, "llvm.x86.avx512.rcp14.ps.512", x.type, [x, constant(lane, 0.0), every])
-        error = call_intrinsic(
-            builder, f"llvm.fma.{suffix(lane)}", x.type, [builder.fneg(x), estimate, constant(lane, 1.0)]
-        )
-        return call_intrinsic(builder, f"llvm.fma.{suffix(lane)}", x.type, [estimate, error, estimate])
-
-    return value(value), codegen
 
 
 @intrinsic
