@@ -257,6 +257,8 @@ def of(
     kept_at = _line(mask_piece_at + (0 if where is None else rows * channels * part + 128))
     kept = 4 * chunks * rows * channels * part
     keeps = keeps and not (split or by_rows) and read_bytes + kept <= OWN_CACHE * 3 // 2
+    if lanes and sums and plan.activation is not None:  # of one group, in float64
+        keeps, kept = True, 8 * LANES * int(np.diff(plan.group_bounds).max())
     scratch = _line(kept_at + (kept if keeps else 0))
     rounds = phases * -(-tasks // wave_tasks) if split else 1
     progress_at = w.HEADER_BYTES + 64 * rounds * slots

@@ -49,7 +49,7 @@ MASK = 7
 SAMPLES, LANE_STATISTICS_AT, TURNED_AT, TURNED_BYTES, TURNED_MASK_AT = range(
     ARRAYS + (MASK + 1) * ARRAY_WORDS, ARRAYS + (MASK + 1) * ARRAY_WORDS + 5
 )
-# a participant's room for dz of a whole task, or 0
+# a participant's room for dz: of a whole task, or 0; of one group of sixteen samples
 KEPT_AT = TURNED_MASK_AT + 1
 # bytes of rows that are touched in the order of memory before a kernel goes over them column by column; 0 in cache
 TOUCHED = KEPT_AT + 1
