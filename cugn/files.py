@@ -197,6 +197,8 @@ class _Job:
             if statistics is None and passes == 2:
                 part = self._moments(pool, blocks, bar)
                 statistics = part.statistics(plan.eps)
+                if self.x_dtype == np.float64:
+                    statistics = statistics.about_the_mean()  # as they are saved: given back they give the same bits
                 if save_stats is not None:
                     _save(Path(save_stats), part)
             self._write(pool, blocks, statistics, bar)

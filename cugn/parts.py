@@ -211,6 +211,12 @@ class Statistics(NamedTuple):
         """1 / sqrt(var + eps)."""
         return self.rstd / self.unit
 
+    def about_the_mean(self) -> Statistics:
+        """The same with the mean itself for a shift, of float64 blocks: one form, from whichever parts they come."""
+        shift = self.caller_mean
+        with np.errstate(all="ignore"):
+            return self._replace(shift=shift, mean=(self.shift - shift) / self.unit + self.mean)
+
     def with_rstd(self, rstd: Array) -> Statistics:
         """The same means under an rstd that the caller supplies."""
         return self._replace(rstd=rstd * self.unit)

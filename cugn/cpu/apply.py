@@ -31,6 +31,14 @@ def rows_together(streams: bool, touched: int, coefficient_bytes: int) -> int:
     return 4 if streams or touched == 0 or coefficient_bytes > 16384 else 1
 
 
+def folds_runs(compute: str, activation: str | None) -> bool:
+    """Whether scale and shift of a run are those of x itself where they may be: a gate leaves no operation free.
+
+    Not in float64, where it gains little: 0.94 of the time, in float32 0.8.
+    """
+    return activation in GATES and compute == "float32"
+
+
 @cache
 def apply_kernels(x: str, y: str, compute: str, activation: str | None, x_size: int, y_size: int) -> tuple[Any, Any]:
     """run(px, py, count, coefficients, stream) and rows(px, x_step, py, y_step, rows, cols, coefficients, each,
@@ -41,13 +49,13 @@ def apply_kernels(x: str, y: str, compute: str, activation: str | None, x_size: 
     load_c, _ = loader(compute, compute)
     lanes = to_compute(compute)
     act = activation_kernels(compute, activation)[0]
-    folds = activation in GATES
+    folds = folds_runs(compute, activation)
     c_size = 4 if compute == "float32" else 8
     line = line_elements(y)
 
     @inner
     def element(v: Any, p: Any, h: Any, m: Any, a: Any, b: Any, folded: bool) -> Any:
-        if folds and folded:  # known for a run; a gate leaves no operation free that memory would hide
+        if folds and folded:
             return act(fma(v, a, b))
         return act(fma(fma(v, p, h) + m, a, b))
 

@@ -7,13 +7,12 @@ from typing import Any
 
 from . import words as w
 from .access import word
-from .apply import apply_kernels
+from .apply import apply_kernels, folds_runs
 from .chunks import chunk_memory, place_of
 from .compile import inner
 from .convert import itemsize
 from .groups import coefficient_kernel, foldable, group_of, record_lanes
 from .memory import load_f64, load_i64
-from .phases import GATES
 from .simd import fma
 
 _X, _OUT = 0, 1  # positions among the arrays of the geometry
@@ -27,7 +26,7 @@ def apply_chunk(x: str, y: str, compute: str, activation: str | None, by_rows: b
     expand = coefficient_kernel(compute)
     lanes_of = record_lanes(compute)
     open_chunk, close_chunk = chunk_memory(dense)
-    folds = activation in GATES
+    folds = folds_runs(compute, activation)
 
     @inner
     def chunk_apply(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
