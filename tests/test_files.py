@@ -55,7 +55,13 @@ def check(y: Any, wanted: Any) -> None:
     assert np.abs(y - wanted).max() <= eps * max(1, np.abs(wanted).max())
 
 
-@pytest.mark.rare(when=lambda dtype, order, axes: dtype in ("<f8", "<f2", "|u1") and (order != "C" or axes != {}))
+@pytest.mark.rare(
+    when=lambda dtype, order, axes: (
+        dtype in ("<f8", "<f2", "|u1")
+        and (order != "C" or axes != {})
+        and (dtype, order, axes) != ("<f8", "C", AXES["batch last"])  # row by row, as channels-last is
+    )
+)
 @pytest.mark.parametrize("axes", AXES.values(), ids=AXES)
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("dtype", ["<f4", "<f8", ">f4", "<f2", "|u1"])
