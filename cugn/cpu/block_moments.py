@@ -118,9 +118,47 @@ def about_zero(s: Any, square: Any, n: Any, inverse: Any) -> Any:
 
 
 @cache
+def column_sums(dtype: str, compute: str) -> tuple[Any, Any]:
+    """lanes_at(p, left): 16 columns of a row, or what is left of it.
+
+    sums_about(p, rows, row_bytes, left, factor, shift): of such columns the sums of d = x*factor - shift and of d*d,
+    with what is lost by adding every STEPS rows.
+    """
+    load, load_part = loader(dtype, compute)
+
+    @inner
+    def lanes_at(p: int, left: int) -> Any:
+        if left >= LANES:
+            return widen(load(p))
+        return widen(load_part(p, left))
+
+    @inner
+    def sums_about(p: int, rows: int, row_bytes: int, left: int, factor: Any, shift: Any) -> Any:
+        zero = splat(0.0)
+        minus = zero - shift
+        sums = zero
+        squares = zero
+        lost = zero
+        squares_lost = zero
+        for done in range(0, rows, STEPS):
+            s = zero
+            square = zero
+            for r in range(done, min(done + STEPS, rows)):
+                d = fma(lanes_at(p + r * row_bytes, left), factor, minus)
+                s += d
+                square = fma(d, d, square)
+            sums, lost = add_kept(sums, lost, s)
+            squares, squares_lost = add_kept(squares, squares_lost, square)
+        return sums + lost, squares + squares_lost
+
+    return lanes_at, sums_about
+
+
+@cache
 def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
     """rect(p, rows, row_bytes, cols, scale, scratch, out) -> one partial; columns(...) -> mean and m2 of each."""
     load, load_part = loader(dtype, compute)
+    lanes_at, sums_about = column_sums(dtype, compute)
     double = compute == "float64"
     block = BLOCK[compute]
     step = LANES * itemsize
@@ -266,12 +304,6 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
         merge(scratch, count, PARTIAL_BYTES, out)
 
     @inner
-    def lanes_at(p: int, left: int) -> Any:
-        if left >= LANES:
-            return widen(load(p))
-        return widen(load_part(p, left))
-
-    @inner
     def add_columns(
         p: int, rows: int, row_bytes: int, cols: int, factor: Any, shifts: int, sums: int, squares: int, lost: int,
         plain: bool, touched: int,
@@ -316,26 +348,6 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
             done += here
 
     @inner
-    def once_more(p: int, rows: int, row_bytes: int, left: int, factor: Any, shift: Any) -> Any:
-        # the same two sums of 16 columns, or of what is left of a row
-        zero = splat(0.0)
-        minus = zero - shift
-        sums = zero
-        squares = zero
-        lost = zero
-        squares_lost = zero
-        for done in range(0, rows, _ROWS):
-            s = zero
-            square = zero
-            for r in range(done, min(done + _ROWS, rows)):
-                d = fma(lanes_at(p + r * row_bytes, left), factor, minus)
-                s += d
-                square = fma(d, d, square)
-            sums, lost = add_kept(sums, lost, s)
-            squares, squares_lost = add_kept(squares, squares_lost, square)
-        return sums + lost, squares + squares_lost
-
-    @inner
     def column_moments(
         p: int, rows: int, row_bytes: int, cols: int, factor: Any, shifts: int, sums: int, squares: int, lost: int
     ) -> None:
@@ -353,7 +365,7 @@ def block_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any]:
             high, low, m2 = about(shift, s, square, n)
             cancelled = less(m2 * splat(2.0 if double else PLAIN), square)
             if reduce_max(select(cancelled, splat(1.0), splat(0.0))) != 0.0:
-                s, square = once_more(p + j * itemsize, rows, row_bytes, cols - j, factor, high)
+                s, square = sums_about(p + j * itemsize, rows, row_bytes, cols - j, factor, high)
                 mean, rest, square = about(high, s, square, n)
                 high = select(cancelled, mean, high)
                 low = select(cancelled, rest, low)

@@ -6,8 +6,8 @@ import math
 from functools import cache
 from typing import Any
 
-from .adders import add_kept, adder
-from .block_moments import STEPS
+from .adders import adder
+from .block_moments import column_sums
 from .compile import inner
 from .convert import itemsize, loader, mask_loader, to_compute
 from .labelled import group_sums
@@ -61,6 +61,7 @@ def group_moments(real: str, labelled: bool, masked: bool) -> Any:
     plain = exact and not labelled and not masked
     begin, add, total_of = adder(exact, ordered=not labelled)
     begin_rough, add_rough, rough = adder(False, ordered=False)
+    _, sums_about = column_sums(real, real)
 
     @inner
     def straight(turned: int, size: int) -> Any:
@@ -71,22 +72,9 @@ def group_moments(real: str, labelled: bool, masked: bool) -> Any:
         for k in range(1, size):
             total += load(turned + k * line) - start
         reference = fma(total, splat(1.0 / size), start)
-        sums = zero
-        squares = zero
-        sums_lost = zero
-        squares_lost = zero
-        for begun in range(0, size, STEPS):
-            s = zero
-            square = zero
-            for k in range(begun, min(begun + STEPS, size)):
-                d = load(turned + k * line) - reference
-                s += d
-                square = fma(d, d, square)
-            sums, sums_lost = add_kept(sums, sums_lost, s)
-            squares, squares_lost = add_kept(squares, squares_lost, square)
-        total = sums + sums_lost
+        total, squares = sums_about(turned, size, line, LANES, splat(1.0), reference)
         offset = total / splat(float(size))
-        m2 = (squares + squares_lost) - total * offset
+        m2 = squares - total * offset
         m2 = select(less(m2, zero), zero, m2)
         fits = both(less(splat(2.0**-900), m2), less(m2, splat(2.0**1000)))
         if count_lanes(fits) < LANES:
@@ -188,12 +176,12 @@ def inverse_deviation(real: str) -> Any:
         if count_lanes(equal(scale, splat(one))) == LANES:
             return root
         # of numbers far above 1 the scaled eps may be 0, while it is all there is of a constant group's
-        unscaled = variance / scale / scale
-        near = splat(one) / vector_sqrt(unscaled + splat(eps))
+        own = variance / scale / scale
+        near = splat(one) / vector_sqrt(own + splat(eps))
         finite = less(near, splat(math.inf))  # else of a constant group without eps, whose x_hat is NaN
         near = near / scale
         near = select(both(finite, less(splat(largest), near)), splat(largest), near)
-        near = select(less(unscaled, splat(2.0**1000)), near, root)
+        near = select(less(own, splat(2.0**1000)), near, root)
         return select(less(scale, splat(one)), near, root)
 
     return root_of
