@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import dask
 import dask.array as da
 import numpy as np
+from dask.callbacks import Callback
 from distributed import Client, LocalCluster, wait
 
 import cugn
@@ -41,11 +42,21 @@ CHUNKINGS = [
 ]
 
 
-class Timing(NamedTuple):
-    """Seconds of a forward and of a backward."""
+class Seconds(NamedTuple):
+    """Of a call: all of it, and from the moment on when Dask began with its first task."""
 
-    forward: float
-    backward: float
+    whole: float
+    work: float
+
+
+class FirstTask(Callback):
+    """When Dask's local scheduler began with the first task of a computation."""
+
+    at: float | None = None
+
+    def _pretask(self, *_: Any) -> None:
+        if self.at is None:
+            self.at = time.perf_counter()
 
 
 def numpy_calls(x: Any, dy: Any) -> tuple[Callable[[], Any], Callable[[], Any]]:
@@ -67,15 +78,19 @@ def dask_calls(x: Any, dy: Any, chunks: Any) -> tuple[Callable[[], Any], Callabl
     )
 
 
-def alternating(calls: list[Callable[[], Any]], rounds: int) -> list[float]:
-    """Median time of each call, called in turn."""
-    times: list[list[float]] = [[] for _ in calls]
+def alternating(calls: list[Callable[[], Any]], rounds: int) -> list[Seconds]:
+    """Median times of each call, called in turn."""
+    times: list[list[Seconds]] = [[] for _ in calls]
     for _ in range(rounds + 1):
         for call, mine in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            mine.append(time.perf_counter() - start)
-    return [median(mine[1:]) for mine in times]  # the first round compiles and warms up
+            with FirstTask() as first:
+                start = time.perf_counter()
+                result = call()
+                end = time.perf_counter()
+            del result  # before the next one asks for memory
+            mine.append(Seconds(end - start, end - (first.at or start)))
+    # the first round compiles and warms up
+    return [Seconds(*map(median, zip(*mine[1:], strict=True))) for mine in times]
 
 
 def arrays(shape: tuple[int, ...]) -> tuple[Any, Any]:
@@ -86,18 +101,11 @@ def arrays(shape: tuple[int, ...]) -> tuple[Any, Any]:
     return x, rng.standard_normal(shape, dtype=np.float32)
 
 
-def ratios(x: Any, dy: Any, chunks: Any, rounds: int) -> tuple[Timing, Timing]:
-    """Seconds of the NumPy calls and of Dask's."""
+def against(x: Any, dy: Any, chunks: Any, rounds: int) -> list[tuple[Seconds, Seconds]]:
+    """Of the forward and the backward: the NumPy call's seconds and Dask's."""
     plain, lazy = numpy_calls(x, dy), dask_calls(x, dy, chunks)
     seconds = alternating([plain[0], lazy[0], plain[1], lazy[1]], rounds)
-    return Timing(seconds[0], seconds[2]), Timing(seconds[1], seconds[3])
-
-
-def of_dask(shape: tuple[int, ...], chunks: Any, rounds: int) -> Timing:
-    """Seconds of the same graphs on chunks that hold next to nothing: what Dask, and the Python of the tasks, take."""
-    least = (*chunks[:2], *(min(2, c) for c in chunks[2:]))
-    small = tuple(math.ceil(n / c) * part for n, c, part in zip(shape, chunks, least, strict=True))
-    return Timing(*alternating(list(dask_calls(*arrays(small), least)), rounds))
+    return [(seconds[0], seconds[1]), (seconds[2], seconds[3])]
 
 
 def graph(shape: tuple[int, ...], chunks: Any) -> tuple[int, int, float]:
@@ -146,7 +154,7 @@ def on_workers(shape: tuple[int, ...], chunks: Any, rounds: int) -> dict[str, fl
 
                 plural = ("es" if processes else "s") if count > 1 else ""
                 name = f"{count} {'process' if processes else 'thread'}{plural}"
-                (seconds[name],) = alternating([call], rounds)
+                seconds[name] = alternating([call], rounds)[0].whole
     return seconds
 
 
@@ -163,17 +171,17 @@ def main() -> None:
 
     x, dy = arrays(shape)
     by_chunks = []
-    print("| chunks | MB each | number | forward / NumPy | of which Dask | backward / NumPy | of which Dask |")
+    print(
+        "| chunks | MB each | number | forward / NumPy | from the first task | backward / NumPy | from the first task |"
+    )
     print("|---|---|---|---|---|---|---|")
     for chunks in CHUNKINGS[: 4 if options.quick else None]:
         chunks = tuple(min(c, n) for c, n in zip(chunks, shape, strict=True))
-        plain, lazy = ratios(x, dy, chunks, options.rounds)
         number = math.prod(-(-n // c) for n, c in zip(shape, chunks, strict=True))
         megabytes = 4e-6 * math.prod(chunks)
-        ratio = [b / a for a, b in zip(plain, lazy, strict=True)]
-        by_chunks.append((megabytes, *ratio))
-        own = [b / a for a, b in zip(plain, of_dask(shape, chunks, options.rounds), strict=True)]
-        cells = [f"{value:.2f}" for pair in zip(ratio, own, strict=True) for value in pair]
+        passes = against(x, dy, chunks, options.rounds)
+        by_chunks.append((megabytes, *(lazy.whole / plain.whole for plain, lazy in passes)))
+        cells = [f"{value / plain.whole:.2f}" for plain, lazy in passes for value in lazy]
         print(f"| {chunks} | {megabytes:.2f} | {number} | {' | '.join(cells)} |", flush=True)
     if options.only:
         return
@@ -183,9 +191,9 @@ def main() -> None:
     for n in (1, 2) if options.quick else (1, 2, 4):
         for z in (shape[2] // 2, shape[2]) if n == 1 else (shape[2],):
             part = tuple(np.ascontiguousarray(a[:n, :, :z]) for a in (x, dy))
-            plain, lazy = ratios(*part, CHUNKS, options.rounds)
-            by_size.append((part[0].nbytes / 1e6, *plain, *lazy))
-            times = [f"{seconds:.2f} s" for seconds in (*plain, *lazy)]
+            passes = against(*part, CHUNKS, options.rounds)
+            by_size.append((part[0].nbytes / 1e6, *(side.whole for both in zip(*passes, strict=True) for side in both)))
+            times = [f"{seconds:.2f} s" for seconds in by_size[-1][1:]]
             print(f"| {by_size[-1][0]:.0f} | {times[0]}, {times[1]} | {times[2]}, {times[3]} |", flush=True)
 
     workers = on_workers((shape[0] // 2, *shape[1:]), CHUNKS, options.rounds)
