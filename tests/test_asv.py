@@ -4,6 +4,7 @@ import importlib
 import inspect
 import itertools
 import json
+import os
 import pkgutil
 import subprocess
 import sys
@@ -100,6 +101,17 @@ def test_features_prints_a_table(capsys, monkeypatch):
     assert len(rows) == 4  # two layouts, two passes
     assert all(float(cell) > 0 for row in rows for cell in row[4:-1])
     assert "Above 1.5 (labels, masks) or 1.25 (relu, silu):" in printed
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system has no posix_fadvise")
+def test_files_prints_a_table(capsys, tmp_path, monkeypatch):
+    import files
+
+    monkeypatch.setattr("sys.argv", ["files.py", "--gigabytes", "0.002", "--rounds", "1", "--folder", str(tmp_path)])
+    files.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines if line.startswith("| ")] == ["source", "cold", "warm"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_row_order_prints_a_table(capsys):

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import cugn
-from cugn import command, files, formats
+from cugn import command, files, formats, threads
 from cugn.__main__ import main
 
 SHAPE = (3, 8, 30, 40)
@@ -36,6 +36,7 @@ AXES = {
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "BLOCK_BYTES", 4000)  # 115 kB of float32 are some 30 blocks
+    monkeypatch.setattr(files, "AHEAD", 4)
     monkeypatch.setattr(command, "_resident", lambda: 0)  # pytest itself may be larger than the command's budget
 
 
@@ -85,6 +86,10 @@ def test_npy(tmp_path: Path, x: Any, dtype: str, order: str, axes: Any) -> None:
     check(twice, wanted)
     assert files.normalize_file(source, target, groups, stats=stats, **options) == 1
     np.testing.assert_array_equal(np.load(target), twice)
+    if files.normalize_file(source, target, groups, memory=50_000, **options) == 2:  # sample by sample where it can be
+        np.testing.assert_array_equal(np.load(target), twice)
+    else:
+        np.testing.assert_array_equal(np.load(target), once)
     saved, m = np.load(stats), cugn.moments(native, groups, **axes)
     np.testing.assert_array_equal(saved["count"], m.count)
     np.testing.assert_allclose(saved["mean"], m.mean, rtol=1e-14)
@@ -102,6 +107,39 @@ def test_a_sample_larger_than_memory_takes_two_passes(tmp_path: Path, x: Any) ->
         files.FileError, match=r"x.npy: [0-9.]* kB more memory are needed: a block of it takes 1[0-9.]* kB"
     ):
         files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", 4, memory=10_000)
+
+
+def test_moments_are_one_sample_ahead(tmp_path: Path, x: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample is read for the second time beside the next one's first, so that the system still has it in memory."""
+    np.save(tmp_path / "x.npy", x)
+    order: list[int] = []
+    real = formats.NpySource.read
+
+    def read(self: Any, index: Any, memory: Any) -> Any:
+        order.append(index[0].start)
+        assert threads.setting() != 0  # one thread alone has helpers
+        return real(self, index, memory)
+
+    monkeypatch.setattr(formats.NpySource, "read", read)
+    assert files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", 4, memory=50_000, threads=1) == 2
+    count = len(order) // 6
+    assert order == [0] * count + [0, 1] * count + [1, 2] * count + [2] * count
+    order.clear()
+    files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", 4, threads=1, save_stats=tmp_path / "s.npz")
+    assert order == 2 * [n for n in range(3) for _ in range(count)]
+
+
+def test_blocks_beside_others_get_no_helpers(tmp_path: Path, x: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "x.npy", x)
+    settings = []
+    for name in ("group_norm", "normalized"):
+        real = getattr(files, name)
+        monkeypatch.setattr(
+            files, name, lambda *a, real=real, **k: (settings.append(threads.setting()), real(*a, **k))[1]
+        )
+    for memory in (50_000, 1 << 20):
+        files.normalize_file(tmp_path / "x.npy", tmp_path / "y.npy", 4, memory=memory, threads=2)
+    assert set(settings) == {0}
 
 
 def test_float64_far_from_zero(tmp_path: Path) -> None:
