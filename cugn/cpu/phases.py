@@ -62,6 +62,8 @@ class Phase(NamedTuple):
 
 def _moments(kind: Kind) -> Phase:
     """Moments of each group, then records of them."""
+    if kind.table:
+        return Phase(Kernel("table", "moments_sample", (kind.x, kind.compute)))
     options = (kind.x, kind.compute, kind.by_rows, kind.dense, kind.labelled, kind.masked)
     if kind.compute == "float64":  # which may have to go over the chunks again: one kernel, with the loops in it once
         both = Kernel("groups", "moments_kernel", options)
@@ -100,6 +102,8 @@ def forward(kind: Kind) -> list[Phase]:
     """x is read twice and y written once; a group that fits in cache is read from memory once."""
     if kind.lanes:
         return _block("lane_phases", "forward_block", *kind[:4], kind.labelled, kind.masked)
+    if kind.table:
+        return _block("table", "forward_sample", *kind[:4])
     return [_moments(kind), _apply(kind)]
 
 

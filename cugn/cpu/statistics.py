@@ -102,6 +102,40 @@ def rstd_of(m2: float, count: float, scale: float, eps: float) -> Any:
     return 1.0 / math.sqrt(variance + scaled_eps), scale
 
 
+@inner
+def scale_below(top: float) -> float:
+    """The power of two by which squares of numbers up to `top` stay in float64's range; 1 if they are there, or if
+    nothing is a number.
+    """
+    k = exponent(top)
+    if k == 1024 or -400 < k < 400 or top == 0.0:
+        return 1.0
+    return power_of_two(min(max(-k, -1022), 1022))
+
+
+@inner
+def in_range(m2: float) -> bool:
+    """Whether no square left float64's range on the way to m2."""
+    return 2.0**-900 < m2 < 2.0**1000
+
+
+@cache
+def largest_kernel(dtype: str, compute: str) -> Any:
+    """largest(p, rows, step, cols) -> the largest |x|."""
+    _, load_part = loader(dtype, compute)
+    size = itemsize(dtype)
+
+    @inner
+    def largest(p: int, rows: int, step: int, cols: int) -> float:
+        best = widen(vector_abs(load_part(p, 0)))
+        for r in range(rows):
+            for j in range(0, cols, LANES):
+                best = vector_max(best, widen(vector_abs(load_part(p + r * step + j * size, min(LANES, cols - j)))))
+        return reduce_max(best)
+
+    return largest
+
+
 @cache
 def statistics(
     dtype: str, compute: str, by_rows: bool, dense: bool, labelled: bool = False, masked: bool = False
@@ -115,7 +149,7 @@ def statistics(
     rect, columns = block_kernels(dtype, compute, itemsize(dtype))
     masked_rect, masked_columns, masked_runs, masked_largest = masked_kernels(dtype, compute, itemsize(dtype))
     runs = short_runs(dtype, compute, itemsize(dtype))
-    _, load_part = loader(dtype, compute)
+    largest = largest_kernel(dtype, compute)
     size = itemsize(dtype)
     double = compute == "float64"
     open_chunk, _ = chunk_memory(dense)
@@ -203,14 +237,6 @@ def statistics(
             out += PARTIAL_BYTES
 
     @inner
-    def largest(p: int, rows: int, step: int, cols: int) -> float:
-        best = widen(vector_abs(load_part(p, 0)))
-        for r in range(rows):
-            for j in range(0, cols, LANES):
-                best = vector_max(best, widen(vector_abs(load_part(p + r * step + j * size, min(LANES, cols - j)))))
-        return reduce_max(best)
-
-    @inner
     def revisit(geometry: int, call: int, task: int, segment: int, store: int, scratch: int, scale: float) -> float:
         # one segment again, chunk by chunk: its largest |x| if scale is 0, else its partials of x*scale
         width = word(geometry, w.BUNDLE_CHANNELS)
@@ -281,15 +307,12 @@ def statistics(
         merge_group(geometry, group, store, scratch, out)
         if not double:
             return 1.0
-        m2 = load_f64(out, 3)
-        if 2.0**-900 < m2 < 2.0**1000:
+        if in_range(load_f64(out, 3)):
             return 1.0
         # zero, or squares out of float64's range, or NaN and infinity in the data
-        top = revisit_group(geometry, call, task, group, store, scratch, 0.0)
-        k = exponent(top)
-        if k == 1024 or -400 < k < 400 or top == 0.0:
+        scale = scale_below(revisit_group(geometry, call, task, group, store, scratch, 0.0))
+        if scale == 1.0:
             return 1.0
-        scale = power_of_two(min(max(-k, -1022), 1022))
         revisit_group(geometry, call, task, group, store, scratch, scale)
         merge_group(geometry, group, store, scratch, out)
         return scale

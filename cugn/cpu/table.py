@@ -16,12 +16,13 @@ from .access import word
 from .activate import activation_kernels
 from .adders import add_kept, add_to, adder
 from .apply import HEAD_FROM
+from .block_moments import block_kernels
 from .chunks import sample_at
 from .compile import inner
 from .convert import LINE, itemsize, line_elements, loader, storer, to_compute
 from .memory import bits_float, load_f64, load_i64, store_f64, store_i64
 from .simd import LANES, first_lanes, fma, reduce_add, rounding, select, splat, widen
-from .statistics import pair, record_writer
+from .statistics import in_range, largest_kernel, pair, record_writer, rstd_of, scale_below
 
 _X, _Y = 0, 1  # positions among the arrays of the forward's geometry
 _DY, _OUT = 1, 2  # and of the backward's
@@ -47,6 +48,63 @@ def parameter_kernel(compute: str) -> Any:
             store_c(target + each + c * c_size, _load64(scratch + word(geometry, w.BIAS_AT) + 8 * c))
 
     return load_parameters
+
+
+@cache
+def moments_sample(x: str, compute: str) -> Any:
+    """Kernel: records of a sample's groups; mean and rstd to their arrays, with CALL_ONLY mean and m2 and no records.
+
+    What `groups.moments_finisher` does after chunks of any shape: a row of 64 elements is 25 cycles of adding, and the
+    way through chunks and phases was 200.
+    """
+    rect, _ = block_kernels(x, compute, itemsize(x))
+    largest = largest_kernel(x, compute)
+    fill = record_writer(compute)
+    x_size, double = itemsize(x), compute == "float64"
+
+    @inner
+    def sample(geometry: int, call: int, n: int, chunk: int, store: int, scratch: int) -> None:
+        groups, size = word(geometry, w.GROUPS), word(geometry, w.GROUP_CHANNELS)
+        mean_out, rstd_out = load_i64(call, w.CALL_MEAN), load_i64(call, w.CALL_RSTD)
+        only = load_i64(call, w.CALL_ONLY) != 0
+        eps = bits_float(word(geometry, w.EPS))
+        blocks = scratch + word(geometry, w.BLOCKS_AT)
+        partial = blocks - 64
+        px = sample_at(geometry, _X, load_i64(call, _X), n)
+        count = float(size)
+        for g in range(groups):
+            rect(px, 1, 0, size, 1.0, blocks, partial)
+            scale = 1.0
+            if double:  # noqa: SIM102 - known when the kernel is compiled
+                if not in_range(load_f64(partial, 3)):
+                    scale = scale_below(largest(px, 1, 0, size))
+                    if scale != 1.0:
+                        rect(px, 1, 0, size, scale, blocks, partial)
+            high, low, m2 = load_f64(partial, 1), load_f64(partial, 2), load_f64(partial, 3)
+            px += size * x_size
+            if only:
+                store_f64(mean_out, n * groups + g, (high + low) / scale)
+                store_f64(rstd_out, n * groups + g, m2 / scale / scale)
+                continue
+            root, root_scale = rstd_of(m2, count, scale, eps)
+            fill(store + g * w.RECORD_BYTES, high, low, scale, root, root_scale)
+            store_f64(mean_out, n * groups + g, high / scale)
+            store_f64(rstd_out, n * groups + g, root * root_scale)
+
+    return sample
+
+
+@cache
+def forward_sample(x: str, y: str, compute: str, activation: str | None) -> Any:
+    """Kernel: y of a sample, with mean and rstd."""
+    moments, apply = moments_sample(x, compute), apply_sample(x, y, compute, activation)
+
+    @inner
+    def sample(geometry: int, call: int, n: int, chunk: int, store: int, scratch: int) -> None:
+        moments(geometry, call, n, chunk, store, scratch)
+        apply(geometry, call, n, chunk, store, scratch)
+
+    return sample
 
 
 @cache
