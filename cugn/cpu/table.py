@@ -233,6 +233,28 @@ def backward_sample(x: str, y: str, compute: str, activation: str | None) -> Any
         store_f64(record, w.MINUS_LOW, load_f64(record, w.MINUS_LOW) - mean_t)
 
     @inner
+    def terms(
+        px: int, pv: int, j: int, left: int, p: Any, h: Any, m: Any, scale: Any, weight: int, bias: int
+    ) -> Any:  # fmt: skip
+        # dz, t and dz*weight of a vector in float64; zeros beyond the end: 0 * t must not bring in an infinite t, nor
+        # the next group's weight
+        v = element_v(pv, j, left)
+        t = fma(element_x(px, j, left), p, h) + m
+        a = load_c(weight + j * c_size)
+        if active:
+            v = slope(v, fma(t, a * scale, load_c(bias + j * c_size)))
+        v64 = widen(v)
+        t64 = widen(t)
+        wv = v64 * widen(a)
+        if left < LANES:
+            there = first_lanes(left)
+            zero = splat(0.0)
+            v64 = select(there, v64, zero)
+            t64 = select(there, t64, zero)
+            wv = select(there, wv, zero)
+        return v64, t64, wv
+
+    @inner
     def gradients(px: int, pv: int, size: int, weight: int, bias: int, record: int, db: int, dw: int, at: int) -> None:
         # sums over the group into the record; dbias and dweight of the sample to db and dw, their rounding `at` behind
         p = lanes(load_f64(record, w.POWER))
@@ -245,26 +267,19 @@ def backward_sample(x: str, y: str, compute: str, activation: str | None) -> Any
         one = splat(1.0)
         sums = begin()
         sums_t = begin()
-        for j in range(0, size, LANES):
-            left = size - j
-            v = element_v(pv, j, left)
-            t = fma(element_x(px, j, left), p, h) + m
-            a = load_c(weight + j * c_size)
-            if active:
-                v = slope(v, fma(t, a * scale, load_c(bias + j * c_size)))
-            v64 = widen(v)
-            t64 = widen(t)
-            if left < LANES:
-                # 0 * t must not bring in an infinite t, nor the next group's weight
-                v64 = select(first_lanes(left), v64, zero)
-                t64 = select(first_lanes(left), t64, zero)
-            add(db + 8 * j, db + at + 8 * j, v64, left)
-            add(dw + 8 * j, dw + at + 8 * j, v64 * (t64 * wide), left)
-            wv = v64 * widen(a)
-            if left < LANES:
-                wv = select(first_lanes(left), wv, zero)
+        whole = size - size % LANES
+        for j in range(0, whole, LANES):
+            v, t, wv = terms(px, pv, j, LANES, p, h, m, scale, weight, bias)
+            add(db + 8 * j, db + at + 8 * j, v, LANES)
+            add(dw + 8 * j, dw + at + 8 * j, v * (t * wide), LANES)
             sums = add_term(sums, wv, one, zero)
-            sums_t = add_term(sums_t, wv, t64, zero)
+            sums_t = add_term(sums_t, wv, t, zero)
+        if whole < size:
+            v, t, wv = terms(px, pv, whole, size - whole, p, h, m, scale, weight, bias)
+            add(db + 8 * whole, db + at + 8 * whole, v, size - whole)
+            add(dw + 8 * whole, dw + at + 8 * whole, v * (t * wide), size - whole)
+            sums = add_term(sums, wv, one, zero)
+            sums_t = add_term(sums_t, wv, t, zero)
         total = reduce_add(sums[0])
         total_t = reduce_add(sums_t[0])
         if exact:
@@ -272,6 +287,18 @@ def backward_sample(x: str, y: str, compute: str, activation: str | None) -> Any
             total_t += reduce_add(sums_t[1])
         store_f64(record, w.OFFSET, -ratio * (total / size))
         store_f64(record, w.SLOPE, -ratio * ratio * ratio * (total_t / size))
+
+    @inner
+    def dx_of(
+        px: int, pv: int, j: int, left: int, p: Any, h: Any, m: Any, ratio: Any, q: Any, b: Any, c: Any, weight: int,
+        bias: int,
+    ) -> Any:  # fmt: skip
+        v = element_v(pv, j, left)
+        t = fma(element_x(px, j, left), p, h) + m
+        a = load_c(weight + j * c_size) * ratio
+        if active:
+            v = slope(v, fma(t, a, load_c(bias + j * c_size)))
+        return fma(a, v, fma(b, t, c)) * q
 
     @inner
     def apply(px: int, pv: int, py: int, size: int, weight: int, bias: int, record: int) -> None:
@@ -282,18 +309,12 @@ def backward_sample(x: str, y: str, compute: str, activation: str | None) -> Any
         q = lanes(load_f64(record, w.DX_POWER)) if double else p
         b = lanes(load_f64(record, w.SLOPE))
         c = lanes(load_f64(record, w.OFFSET))
-        for j in range(0, size, LANES):
-            left = size - j
-            v = element_v(pv, j, left)
-            t = fma(element_x(px, j, left), p, h) + m
-            a = load_c(weight + j * c_size) * ratio
-            if active:
-                v = slope(v, fma(t, a, load_c(bias + j * c_size)))
-            dx = fma(a, v, fma(b, t, c)) * q
-            if left >= LANES:
-                store(py + j * y_size, dx)
-            else:
-                store_part(py + j * y_size, dx, left)
+        whole = size - size % LANES
+        for j in range(0, whole, LANES):
+            store(py + j * y_size, dx_of(px, pv, j, LANES, p, h, m, ratio, q, b, c, weight, bias))
+        if whole < size:
+            dx = dx_of(px, pv, whole, size - whole, p, h, m, ratio, q, b, c, weight, bias)
+            store_part(py + whole * y_size, dx, size - whole)
 
     @inner
     def sample(geometry: int, call: int, n: int, chunk: int, store: int, scratch: int) -> None:
