@@ -119,16 +119,25 @@ def _torch(problem: Problem, array: np.ndarray) -> Array:
     return tensor.movedim(problem.channel_axis, 1) if array.ndim > 1 else tensor
 
 
+def _is_layer_norm(problem: Problem) -> bool:
+    return problem.groups == problem.positions == 1
+
+
 def torch_forward(problem: Problem) -> Call:
-    """``torch.nn.functional.group_norm`` in inference mode: nothing is recorded for a backward."""
+    """``torch.nn.functional.group_norm`` in inference mode: nothing is recorded for a backward.
+
+    One group without positions is a layer norm, for which torch has kernels of its own.
+    """
     import torch
 
     x, weight, bias = (_torch(problem, array) for array in (problem.x, problem.weight, problem.bias))
-    group_norm = torch.nn.functional.group_norm
+    norm, of = torch.nn.functional.group_norm, problem.groups
+    if _is_layer_norm(problem):
+        norm, of = torch.nn.functional.layer_norm, problem.shape[1:]
 
     def call() -> tuple[Array]:
         with torch.inference_mode():
-            return (group_norm(x, problem.groups, weight, bias, EPS),)
+            return (norm(x, of, weight, bias, EPS),)
 
     return call
 
@@ -139,13 +148,19 @@ def torch_backward(problem: Problem) -> Call:
 
     x, dy, weight, bias = (_torch(problem, a) for a in (problem.x, problem.dy, problem.weight, problem.bias))
     sizes = (problem.shape[0], problem.shape[1], problem.positions, problem.groups)
-    backward = torch.ops.aten.native_group_norm_backward
+    aten = torch.ops.aten
     with torch.inference_mode():
-        _, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, *sizes, EPS)
+        if _is_layer_norm(problem):
+            of = problem.shape[1:]
+            _, mean, rstd = aten.native_layer_norm(x, of, weight, bias, EPS)
+            backward = partial(aten.native_layer_norm_backward, dy, x, of, mean, rstd, weight, bias)
+        else:
+            _, mean, rstd = aten.native_group_norm(x, weight, bias, *sizes, EPS)
+            backward = partial(aten.native_group_norm_backward, dy, x, mean, rstd, weight, *sizes)
 
     def call() -> tuple[Array, ...]:
         with torch.inference_mode():
-            return tuple(backward(dy, x, mean, rstd, weight, *sizes, [True, True, True]))
+            return tuple(backward([True, True, True]))
 
     return call
 
