@@ -229,7 +229,7 @@ def of(
     weight_at = w.CALL_BYTES
     bias_at = weight_at + 8 * _padded(C)
     own_records_at = _line(weight_at + 8 * vectors * _padded(C))
-    own_store_at = own_records_at + (records if sums else 0)
+    own_store_at = own_records_at + (records * (2 if table else 1) if sums else 0)  # of a table, two samples'
     blocks_at = own_store_at + (0 if split else store) + 64  # one partial before the blocks
     span = (width // segments if segments > 1 else channels) * part
     block = 2048 if compute == "float64" else 4096

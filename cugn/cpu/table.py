@@ -22,7 +22,7 @@ from .compile import inner
 from .convert import LINE, itemsize, line_elements, loader, storer, to_compute
 from .memory import bits_float, load_f64, load_i64, store_f64, store_i64
 from .simd import LANES, first_lanes, fma, reduce_add, rounding, select, splat, widen
-from .statistics import in_range, largest_kernel, pair, record_writer, rstd_of, scale_below
+from .statistics import in_range, largest_kernel, record_writer, rstd_of, scale_below
 
 _X, _Y = 0, 1  # positions among the arrays of the forward's geometry
 _DY, _OUT = 1, 2  # and of the backward's
@@ -172,7 +172,7 @@ def apply_sample(x: str, y: str, compute: str, activation: str | None) -> Any:
 
 @cache
 def backward_sample(x: str, y: str, compute: str, activation: str | None) -> Any:
-    """Kernel: dx of a sample, and what it adds to dweight and dbias."""
+    """Kernel: dx of samples, and what they add to dweight and dbias; groups are of more than two channels."""
     load_x, load_x_part = loader(x, compute)
     load_v, load_v_part = loader(y, compute)
     load_c, _ = loader(compute, compute)
@@ -255,38 +255,74 @@ def backward_sample(x: str, y: str, compute: str, activation: str | None) -> Any
         return v64, t64, wv
 
     @inner
-    def gradients(px: int, pv: int, size: int, weight: int, bias: int, record: int, db: int, dw: int, at: int) -> None:
-        # sums over the group into the record; dbias and dweight of the sample to db and dw, their rounding `at` behind
+    def lanes_of(record: int) -> Any:
         p = lanes(load_f64(record, w.POWER))
         h = lanes(load_f64(record, w.MINUS_HIGH))
-        zero = splat(0.0)
-        m = lanes(load_f64(record, w.MINUS_LOW))
-        ratio = load_f64(record, w.RATIO)
-        scale = lanes(ratio)
-        wide = splat(ratio)
-        one = splat(1.0)
-        sums = begin()
-        sums_t = begin()
-        whole = size - size % LANES
-        for j in range(0, whole, LANES):
-            v, t, wv = terms(px, pv, j, LANES, p, h, m, scale, weight, bias)
-            add(db + 8 * j, db + at + 8 * j, v, LANES)
-            add(dw + 8 * j, dw + at + 8 * j, v * (t * wide), LANES)
-            sums = add_term(sums, wv, one, zero)
-            sums_t = add_term(sums_t, wv, t, zero)
-        if whole < size:
-            v, t, wv = terms(px, pv, whole, size - whole, p, h, m, scale, weight, bias)
-            add(db + 8 * whole, db + at + 8 * whole, v, size - whole)
-            add(dw + 8 * whole, dw + at + 8 * whole, v * (t * wide), size - whole)
-            sums = add_term(sums, wv, one, zero)
-            sums_t = add_term(sums_t, wv, t, zero)
+        return p, h, lanes(load_f64(record, w.MINUS_LOW)), lanes(load_f64(record, w.RATIO))
+
+    @inner
+    def add_row(sums: Any, sums_t: Any, wv: Any, t: Any) -> Any:
+        return add_term(sums, wv, splat(1.0), splat(0.0)), add_term(sums_t, wv, t, splat(0.0))
+
+    @inner
+    def store_sums(sums: Any, sums_t: Any, size: int, record: int) -> None:
         total = reduce_add(sums[0])
         total_t = reduce_add(sums_t[0])
         if exact:
             total += reduce_add(sums[1])
             total_t += reduce_add(sums_t[1])
+        ratio = load_f64(record, w.RATIO)
         store_f64(record, w.OFFSET, -ratio * (total / size))
         store_f64(record, w.SLOPE, -ratio * ratio * ratio * (total_t / size))
+
+    @inner
+    def of_one(
+        px: int, pv: int, size: int, weight: int, bias: int, record: int, db: int, dw: int, at: int
+    ) -> None:  # fmt: skip
+        # sums over the group into the record; dbias and dweight of the sample to db and dw, their rounding `at` behind
+        p, h, m, scale = lanes_of(record)
+        wide = splat(load_f64(record, w.RATIO))
+        sums = begin()
+        sums_t = begin()
+        for j in range(0, size, LANES):
+            left = size - j
+            v, t, wv = terms(px, pv, j, left, p, h, m, scale, weight, bias)
+            add(db + 8 * j, db + at + 8 * j, v, left)
+            add(dw + 8 * j, dw + at + 8 * j, v * (t * wide), left)
+            sums, sums_t = add_row(sums, sums_t, wv, t)
+        store_sums(sums, sums_t, size, record)
+
+    @inner
+    def of_two(
+        px: int, pv: int, record: int, px1: int, pv1: int, record1: int, size: int, weight: int, bias: int, db: int,
+        dw: int, at: int,
+    ) -> None:  # fmt: skip
+        # the same of two samples: what they add to dbias and dweight in one
+        p, h, m, scale = lanes_of(record)
+        p1, h1, m1, scale1 = lanes_of(record1)
+        wide, wide1 = splat(load_f64(record, w.RATIO)), splat(load_f64(record1, w.RATIO))
+        sums = begin()
+        sums_t = begin()
+        sums1 = begin()
+        sums1_t = begin()
+        whole = size - size % LANES
+        for j in range(0, whole, LANES):
+            v, t, wv = terms(px, pv, j, LANES, p, h, m, scale, weight, bias)
+            sums, sums_t = add_row(sums, sums_t, wv, t)
+            v1, t1, wv1 = terms(px1, pv1, j, LANES, p1, h1, m1, scale1, weight, bias)
+            sums1, sums1_t = add_row(sums1, sums1_t, wv1, t1)
+            add(db + 8 * j, db + at + 8 * j, v + v1, LANES)
+            add(dw + 8 * j, dw + at + 8 * j, fma(v, t * wide, v1 * (t1 * wide1)), LANES)
+        if whole < size:
+            left = size - whole
+            v, t, wv = terms(px, pv, whole, left, p, h, m, scale, weight, bias)
+            sums, sums_t = add_row(sums, sums_t, wv, t)
+            v1, t1, wv1 = terms(px1, pv1, whole, left, p1, h1, m1, scale1, weight, bias)
+            sums1, sums1_t = add_row(sums1, sums1_t, wv1, t1)
+            add(db + 8 * whole, db + at + 8 * whole, v + v1, left)
+            add(dw + 8 * whole, dw + at + 8 * whole, fma(v, t * wide, v1 * (t1 * wide1)), left)
+        store_sums(sums, sums_t, size, record)
+        store_sums(sums1, sums1_t, size, record1)
 
     @inner
     def dx_of(
@@ -317,45 +353,61 @@ def backward_sample(x: str, y: str, compute: str, activation: str | None) -> Any
             store_part(py + whole * y_size, dx, size - whole)
 
     @inner
-    def sample(geometry: int, call: int, n: int, chunk: int, store: int, scratch: int) -> None:
+    def samples(geometry: int, call: int, n: int, chunk: int, store: int, scratch: int) -> None:
+        # two at a time: the first of two waits for the second, but for the last of a part
+        part_samples = word(geometry, w.PART_SAMPLES)
+        place = n % part_samples
+        if place % 2 == 0 and place + 1 < part_samples and n + 1 < word(geometry, w.N):
+            return
+        n0 = n - place % 2
         parameters(geometry, call, scratch)
         groups = word(geometry, w.GROUPS)
         size = word(geometry, w.GROUP_CHANNELS)
-        px = sample_at(geometry, _X, load_i64(call, _X), n)
-        pv = sample_at(geometry, _DY, load_i64(call, _DY), n)
-        py = sample_at(geometry, _OUT, load_i64(call, _OUT), n)
-        mean = load_i64(call, w.CALL_MEAN) + 8 * n * groups
-        rstd = load_i64(call, w.CALL_RSTD) + 8 * n * groups
         weight = scratch + word(geometry, w.COEFFICIENTS_AT)
         bias = weight + word(geometry, w.COEFFICIENT_BYTES)
-        record = scratch + word(geometry, w.OWN_RECORDS_AT)
+        records = scratch + word(geometry, w.OWN_RECORDS_AT)
+        each = groups * w.RECORD_BYTES
         part = word(geometry, w.GRADIENT_BYTES)
-        db = load_i64(call, w.CALL_WORK) + word(geometry, w.GRADIENTS_AT) + n // word(geometry, w.PART_SAMPLES) * part
+        db = load_i64(call, w.CALL_WORK) + word(geometry, w.GRADIENTS_AT) + n // part_samples * part
         dw = db + part // 2
         # pass by pass over all groups: each is a chain of dependent operations, of which several then run at once
-        for g in range(groups):
-            fill(record + g * w.RECORD_BYTES, load_f64(mean, g), 0.0, 1.0, load_f64(rstd, g), 1.0)
-        if double:
+        for k in range(n0, n + 1):
+            mean = load_i64(call, w.CALL_MEAN) + 8 * k * groups
+            rstd = load_i64(call, w.CALL_RSTD) + 8 * k * groups
+            record = records + (k - n0) * each
             for g in range(groups):
-                recentre(px + g * size * x_size, size, record + g * w.RECORD_BYTES)
+                fill(record + g * w.RECORD_BYTES, load_f64(mean, g), 0.0, 1.0, load_f64(rstd, g), 1.0)
+            if double:
+                px = sample_at(geometry, _X, load_i64(call, _X), k)
+                for g in range(groups):
+                    recentre(px + g * size * x_size, size, record + g * w.RECORD_BYTES)
+        px = sample_at(geometry, _X, load_i64(call, _X), n0)
+        pv = sample_at(geometry, _DY, load_i64(call, _DY), n0)
+        px1 = sample_at(geometry, _X, load_i64(call, _X), n)
+        pv1 = sample_at(geometry, _DY, load_i64(call, _DY), n)
         for g in range(groups):
             c = g * size
-            gradients(
-                px + c * x_size, pv + c * y_size, size, weight + c * c_size, bias + c * c_size,
-                record + g * w.RECORD_BYTES, db + 8 * c, dw + 8 * c, part // 4,
-            )  # fmt: skip
-            if double:  # noqa: SIM102 - known when the kernel is compiled
-                if size == 2 and load_i64(call, w.CALL_GIVEN) == 0:
-                    pair(record + g * w.RECORD_BYTES, bits_float(word(geometry, w.EPS)))
-            if size == 1:  # dx is exactly 0
-                store_f64(record + g * w.RECORD_BYTES, w.RATIO, 0.0)
-                store_f64(record + g * w.RECORD_BYTES, w.SLOPE, 0.0)
-                store_f64(record + g * w.RECORD_BYTES, w.OFFSET, 0.0)
-        for g in range(groups):
-            c = g * size
-            apply(
-                px + c * x_size, pv + c * y_size, py + c * y_size, size, weight + c * c_size, bias + c * c_size,
-                record + g * w.RECORD_BYTES,
-            )  # fmt: skip
+            x_at, v_at, c_at = c * x_size, c * y_size, c * c_size
+            record = records + g * w.RECORD_BYTES
+            if n0 < n:
+                of_two(
+                    px + x_at, pv + v_at, record, px1 + x_at, pv1 + v_at, record + each, size, weight + c_at,
+                    bias + c_at, db + 8 * c, dw + 8 * c, part // 4,
+                )  # fmt: skip
+            else:
+                of_one(
+                    px + x_at, pv + v_at, size, weight + c_at, bias + c_at, record, db + 8 * c, dw + 8 * c, part // 4
+                )
+        for k in range(n0, n + 1):
+            px = sample_at(geometry, _X, load_i64(call, _X), k)
+            pv = sample_at(geometry, _DY, load_i64(call, _DY), k)
+            py = sample_at(geometry, _OUT, load_i64(call, _OUT), k)
+            for g in range(groups):
+                c = g * size
+                record = records + (k - n0) * each + g * w.RECORD_BYTES
+                apply(
+                    px + c * x_size, pv + c * y_size, py + c * y_size, size, weight + c * c_size, bias + c * c_size,
+                    record,
+                )  # fmt: skip
 
-    return sample
+    return samples
