@@ -1,4 +1,4 @@
-"""Promise: tables keep every other promise: small, labelled or masked groups (sixteen samples at a time), wide groups."""
+"""Promise: tables keep every other promise: small, labelled or masked groups, in lanes; wide groups, row by row."""
 
 from __future__ import annotations
 
