@@ -18,26 +18,13 @@ from typing import Any
 
 import dask.array as da
 import numpy as np
-from array_api_compat import array_namespace
 from dask.array.utils import meta_from_array
 from dask.base import tokenize
 from dask.highlevelgraph import HighLevelGraph
 
-from . import functional, reference, threads
-from .memory import result_like
-from .parts import (
-    Axes,
-    ChannelSums,
-    Part,
-    PartSums,
-    Statistics,
-    gradient,
-    gradient_sums,
-    local_groups,
-    merged,
-    normalized,
-    pick,
-)
+from . import dask_tasks as tasks
+from . import reference
+from .parts import Axes, Part
 from .plan import Plan
 
 __all__ = ["backward", "double_backward", "forward", "jvp", "moments", "normalize", "serves"]
@@ -59,12 +46,12 @@ def forward(plan: Plan, x: Array, weight: Array, bias: Array, where: Array, out:
     call = _Call(plan, x)
     if call.whole:
         blocks = call.blockwise(
-            _forward_block, weight=weight, bias=bias, where=where, eps=plan.eps, activation=plan.activation
+            tasks.forward_block, weight=weight, bias=bias, where=where, eps=plan.eps, activation=plan.activation
         )
         return call.like_x(blocks, 0), call.statistic(blocks, 1), call.statistic(blocks, 2)
     statistics = call.statistics(where)
     y = call.each(
-        _normalized_block,
+        tasks.normalized_block,
         statistics=statistics,
         weight=weight,
         bias=bias,
@@ -90,13 +77,13 @@ def backward(
     dtype = call.y_dtype if weight is None else weight.dtype
     options = {"weight": weight, "bias": bias, "activation": plan.activation}
     if call.whole:
-        blocks = call.blockwise(_backward_block, dy=dy, mean=mean, rstd=rstd, where=where, eps=plan.eps, **options)
+        blocks = call.blockwise(tasks.backward_block, dy=dy, mean=mean, rstd=rstd, where=where, eps=plan.eps, **options)
         return call.like_x(blocks, 0), *call.channel_sums(blocks, dtype)
     statistics = call.statistics(where, mean, rstd)
-    blocks = call.each(_sums_block, dy=dy, statistics=statistics, **options)
-    means = call.over_groups(blocks, _first, _means, statistics)
+    blocks = call.each(tasks.sums_block, dy=dy, statistics=statistics, **options)
+    means = call.over_groups(blocks, tasks.first, tasks.means, statistics)
     dx = call.each(
-        _gradient_block, dy=dy, statistics=statistics, means=means, where=where, dtype=call.y_dtype, **options
+        tasks.gradient_block, dy=dy, statistics=statistics, means=means, where=where, dtype=call.y_dtype, **options
     )
     return dx, *call.channel_sums(blocks, dtype)
 
@@ -105,9 +92,9 @@ def moments(plan: Plan, x: Array, where: Array) -> tuple[Array, Array, Array]:
     """Count, mean and sum of squared deviations of each group, lazily."""
     call = _Call(plan, x)
     if call.whole:
-        blocks = call.blockwise(_moments_block, where=where)
+        blocks = call.blockwise(tasks.moments_block, where=where)
         return call.statistic(blocks, 0, np.int64), call.statistic(blocks, 1), call.statistic(blocks, 2)
-    total = call.over_groups(call.blockwise(Part.of, where=where), None, partial(_total, groups=call.groups))
+    total = call.over_groups(call.blockwise(Part.of, where=where), None, partial(tasks.total, groups=call.groups))
     return call.field(total, "count", np.int64), call.field(total, "mean"), call.field(total, "m2")
 
 
@@ -115,7 +102,7 @@ def normalize(plan: Plan, x: Array, mean: Array, rstd: Array, weight: Array, bia
     """Output under statistics that the caller supplies, lazily."""
     call = _Call(plan, x)
     return call.blockwise(
-        _normalize_block,
+        tasks.normalize_block,
         mean=mean,
         rstd=rstd,
         weight=weight,
@@ -143,7 +130,7 @@ def jvp(
         return reference.jvp(plan, tx, x, weight, bias, tweight, tbias, where, None).rechunk(x.chunks)
     channels = {"weight": weight, "bias": bias, "tweight": tweight, "tbias": tbias}
     return call.blockwise(
-        _jvp_block, tx=tx, where=where, **channels, eps=plan.eps, activation=plan.activation, dtype=call.y_dtype
+        tasks.jvp_block, tx=tx, where=where, **channels, eps=plan.eps, activation=plan.activation, dtype=call.y_dtype
     )
 
 
@@ -166,7 +153,7 @@ def double_backward(
         return gdy.rechunk(x.chunks), gx.rechunk(x.chunks), gweight, gbias
     channels = {"weight": weight, "bias": bias, "ddweight": ddweight, "ddbias": ddbias}
     blocks = call.blockwise(
-        _double_backward_block, ddx=ddx, dy=dy, where=where, **channels, eps=plan.eps, activation=plan.activation
+        tasks.double_backward_block, ddx=ddx, dy=dy, where=where, **channels, eps=plan.eps, activation=plan.activation
     )
     dtype = call.y_dtype if weight is None else weight.dtype
     return call.like_x(blocks, 0), call.like_x(blocks, 1), *call.channel_sums(blocks, dtype)
@@ -257,7 +244,7 @@ class _Call:
         options: dict[str, Any] = {name: operands.pop(name) for name in ("eps", "activation") if name in operands}
         operands = {name: operand for name, operand in operands.items() if operand is not None}
         # what is bound so is no part of any task's graph
-        run = partial(_on_chunk, function, tuple(operands), self.axes, options)
+        run = partial(tasks.on_chunk, function, tuple(operands), self.axes, options)
         return run, {"x": self.x, "labels": self.labels, **operands}
 
     def _aligned(self, name: str, operand: Array) -> tuple[Array, tuple[int, ...]]:
@@ -290,7 +277,7 @@ class _Call:
     def like_x(self, blocks: Array, item: int) -> Array:
         """Array of x's chunks from an item of each block."""
         return da.blockwise(
-            _item,
+            tasks.item,
             self.index,
             blocks,
             self.index,
@@ -301,11 +288,11 @@ class _Call:
 
     def statistic(self, blocks: Array, item: int, dtype: Any = np.float64) -> Array:
         """Array of the statistics' shape from an item of each block; each holds all positions of its channels."""
-        return self._of_groups(_item, blocks, self.index, dtype, item=item)
+        return self._of_groups(tasks.item, blocks, self.index, dtype, item=item)
 
     def field(self, objects: Array, name: str, dtype: Any = np.float64) -> Array:
         """Array of the statistics' shape from an attribute of the object of each chunk along batch and groups."""
-        return self._of_groups(_attribute, objects, self.objects_index, dtype, attribute=name)
+        return self._of_groups(tasks.attribute, objects, self.objects_index, dtype, attribute=name)
 
     def _of_groups(self, function: Any, blocks: Array, index: tuple[int, ...], dtype: Any, **options: Any) -> Array:
         known, chunks = self.groups_index in index, self.groups_chunks
@@ -331,12 +318,12 @@ class _Call:
         if enough and where is None and not math.isnan(plan.S):
             count = np.diff(plan.group_bounds) * plan.S
             given = {"count": count, "mean": mean, "rstd": rstd}
-            return self._objects(_given, *(a for name, v in given.items() for a in self._aligned(name, v)))
+            return self._objects(tasks.given, *(a for name, v in given.items() for a in self._aligned(name, v)))
         parts = self.each(Part.of, where=where)
-        statistics = self.over_groups(parts, None, partial(_statistics, groups=self.groups, eps=plan.eps))
+        statistics = self.over_groups(parts, None, partial(tasks.statistics, groups=self.groups, eps=plan.eps))
         if rstd is None:
             return statistics
-        return self._objects(_with_rstd, statistics, self.objects_index, *self._aligned("rstd", rstd))
+        return self._objects(tasks.with_rstd, statistics, self.objects_index, *self._aligned("rstd", rstd))
 
     def _objects(self, function: Any, *operands: Any) -> Array:
         """An object of each chunk along batch and groups."""
@@ -354,10 +341,10 @@ class _Call:
     def channel_sums(self, blocks: Array, dtype: Any) -> tuple[Array, Array]:
         """dweight and dbias from the `ChannelSums` that are the last item of each block."""
         channel = self.plan.channel_axis
-        sums = self._tree(blocks, tuple(axis for axis in self.index if axis != channel), _last)
+        sums = self._tree(blocks, tuple(axis for axis in self.index if axis != channel), tasks.last)
         dweight, dbias = (
             da.blockwise(
-                _cast_item,
+                tasks.cast_item,
                 (channel,),
                 *(sums, (channel,)),
                 item=item,
@@ -383,143 +370,16 @@ class _Call:
             while len(keys) > FAN_IN:
                 runs = [keys[start : start + FAN_IN] for start in range(0, len(keys), FAN_IN)]
                 keys = [(f"merged-partly-{token}", level, *place, k) for k in range(len(runs))]
-                graph.update((key, (_merged, run, item)) for key, run in zip(keys, runs, strict=True))
+                graph.update((key, (tasks.merge_blocks, run, item)) for key, run in zip(keys, runs, strict=True))
                 level, item = level + 1, None
             others = [  # of which one may serve all samples
                 (array.name, *(k if n > 1 else 0 for k, n in zip(place, array.numblocks, strict=True)))
                 for array in beside
             ]
-            graph[(name, *place)] = (_merged, keys, item, finish, *others)
+            graph[(name, *place)] = (tasks.merge_blocks, keys, item, finish, *others)
         layers = HighLevelGraph.from_collections(name, graph, dependencies=[blocks, *beside])
         return da.Array(layers, name, tuple(blocks.chunks[axis] for axis in kept), meta=self._meta(len(kept)))
 
 
-# What follows runs on the workers. An operand comes in a list where the blocks along a whole axis, of which there is
-# one, belong to it.
-
-
 def _key(name: str, axes: Sequence[int | None], place: Sequence[int]) -> tuple[Any, ...]:
     return (name, *(0 if axis is None else place[axis] for axis in axes))
-
-
-def _alone(block: Any) -> Any:
-    while isinstance(block, list):
-        (block,) = block
-    return block
-
-
-def _item(block: Any, item: int) -> Array:
-    return _alone(block)[item]
-
-
-def _cast_item(block: Any, item: int, to: Any) -> Array:
-    with np.errstate(over="ignore"):
-        return block[item].astype(to)
-
-
-def _attribute(block: Any, attribute: str) -> Array:
-    return getattr(block, attribute)
-
-
-def _first(block: Any) -> Any:
-    return block[0]
-
-
-def _last(block: Any) -> Any:
-    return block[-1]
-
-
-def _merged(blocks: Sequence[Any], take: Any, finish: Any = None, *beside: Any) -> Any:
-    result = merged(blocks if take is None else [take(block) for block in blocks])
-    return result if finish is None else finish(result, *beside)
-
-
-def _statistics(part: Part, groups: Any, eps: float) -> Statistics:
-    return part.statistics(eps, groups)
-
-
-def _total(part: Part, groups: Any) -> Any:
-    return part.total(groups)
-
-
-def _given(count: Any, mean: Any, rstd: Any) -> Statistics:
-    return Statistics.given(*map(_alone, (count, mean, rstd)))
-
-
-def _with_rstd(statistics: Statistics, rstd: Any) -> Statistics:
-    return statistics.with_rstd(_alone(rstd))
-
-
-def _means(sums: PartSums, statistics: Statistics) -> tuple[Array, Array]:
-    return sums.means(statistics.count)
-
-
-def _on_chunk(
-    function: Any, names: Sequence[str], axes: Axes, options: dict[str, Any], x: Array, labels: Array, *arrays: Any
-) -> Any:
-    operands = dict(zip(names, map(_alone, arrays), strict=True))
-    with threads.alone():
-        return function(x, labels, axes, **operands, **options)
-
-
-def _normalized_block(x: Array, labels: Array, axes: Axes, **operands: Any) -> Array:
-    return normalized(x, labels, axes, out=result_like(x), **operands)
-
-
-def _sums_block(x: Array, labels: Array, axes: Axes, dy: Array, **operands: Any) -> Any:
-    return gradient_sums(dy, x, labels, axes, **operands)
-
-
-def _gradient_block(x: Array, labels: Array, axes: Axes, dy: Array, **operands: Any) -> Array:
-    return gradient(dy, x, labels, axes, out=result_like(x), **operands)
-
-
-def _normalize_block(x: Array, labels: Array, axes: Axes, mean: Array, rstd: Array, **operands: Any) -> Array:
-    present, groups, _ = local_groups(labels)
-    mean, rstd = pick(mean, present), pick(rstd, present)
-    return functional.normalize(x, mean, rstd, groups, out=result_like(x), **operands, **axes.keywords)
-
-
-def _moments_block(x: Array, labels: Array, axes: Axes, **operands: Any) -> Any:
-    return tuple(functional.moments(x, local_groups(labels)[1], **operands, **axes.keywords))
-
-
-def _forward_block(x: Array, labels: Array, axes: Axes, **operands: Any) -> Any:
-    groups = local_groups(labels)[1]
-    return tuple(functional.group_norm_forward(x, groups, out=result_like(x), **operands, **axes.keywords))
-
-
-def _backward_block(x: Array, labels: Array, axes: Axes, dy: Array, **operands: Any) -> Any:
-    operands = _wide(operands, x, labels)
-    present, groups, _ = local_groups(labels)
-    for name in {"mean", "rstd"} & operands.keys():
-        operands[name] = pick(operands[name], present)
-    dx, dweight, dbias = functional.group_norm_backward(dy, x, groups, out=result_like(x), **operands, **axes.keywords)
-    return dx, _sums(dweight, dbias)
-
-
-def _jvp_block(x: Array, labels: Array, axes: Axes, tx: Array, **operands: Any) -> Array:
-    groups = local_groups(labels)[1]
-    return functional.group_norm_jvp(tx, x, groups, out=result_like(x), **operands, **axes.keywords)
-
-
-def _double_backward_block(x: Array, labels: Array, axes: Axes, ddx: Array, dy: Array, **operands: Any) -> Any:
-    operands, groups = _wide(operands, x, labels), local_groups(labels)[1]
-    grads = functional.group_norm_double_backward(ddx, dy, x, groups, **operands, **axes.keywords)
-    return grads.gdy, grads.gx, _sums(grads.gweight, grads.gbias)
-
-
-def _wide(operands: dict[str, Any], x: Array, labels: Array) -> dict[str, Any]:
-    """Operands with a weight of at least float32, the dtype in which a block's gradients of the channels then come.
-
-    Not of float64 for all: that would be another computation of dx, of other bits than the NumPy call has.
-    """
-    weight = operands.get("weight")
-    kinds = {str(x.dtype), "" if weight is None else str(weight.dtype)}
-    dtype = np.float64 if "float64" in kinds else np.float32
-    weight = array_namespace(x).ones(len(labels), dtype=dtype) if weight is None else weight.astype(dtype)
-    return {**operands, "weight": weight}
-
-
-def _sums(dweight: Array, dbias: Array) -> ChannelSums:
-    return ChannelSums(dweight.astype(np.float64), dbias.astype(np.float64))

@@ -19,7 +19,7 @@ from typing import Any
 
 from .adders import add_kept, add_to
 from .compile import general, inner
-from .convert import loader, storer
+from .convert import loader, loader_up_to, storer
 from .memory import bits_float, float_bits, load_f64, store_f64
 from .simd import LANES, first_lanes, fma, less, reduce_add, reduce_max, rounding, select, splat, vector_abs, widen
 from .touch import touch_rows
@@ -124,13 +124,11 @@ def column_sums(dtype: str, compute: str) -> tuple[Any, Any]:
     sums_about(p, rows, row_bytes, left, factor, shift): of such columns the sums of d = x*factor - shift and of d*d,
     with what is lost by adding every STEPS rows.
     """
-    load, load_part = loader(dtype, compute)
+    load = loader_up_to(dtype, compute)
 
     @inner
     def lanes_at(p: int, left: int) -> Any:
-        if left >= LANES:
-            return widen(load(p))
-        return widen(load_part(p, left))
+        return widen(load(p, left))
 
     @inner
     def sums_about(p: int, rows: int, row_bytes: int, left: int, factor: Any, shift: Any) -> Any:

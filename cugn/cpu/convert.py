@@ -305,6 +305,20 @@ def storer(dtype: str, compute: str) -> tuple[Any, Any, Any]:
     return store, store_part, store_stream
 
 
+@cache
+def loader_up_to(dtype: str, compute: str) -> Any:
+    """load(address, left) of 16 values, or of the first `left` where there are fewer, zeros after."""
+    whole, part = loader(dtype, compute)
+
+    @inner
+    def load(address: int, left: int) -> Any:
+        if left >= LANES:
+            return whole(address)
+        return part(address, left)
+
+    return load
+
+
 def _stream_alignment(storage: ir.Type) -> int:
     """Bytes of alignment that a streaming store of 16 lanes asks for: a cache line, or all of a shorter vector."""
     return min(64, LANES * {"i8": 1, "i16": 2, "float": 4, "double": 8}[str(storage)])

@@ -9,7 +9,7 @@ from typing import Any
 from .adders import add_kept, add_to
 from .block_moments import BLOCK, about, merge, store_partial, two_sum_error
 from .compile import inner
-from .convert import loader, storer, to_compute
+from .convert import loader, loader_up_to, storer, to_compute
 from .exact import array_at
 from .mask_memory import mask_at
 from .memory import store_f64
@@ -123,7 +123,7 @@ def masked_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any, A
     float64 arrays of mean, its low part, m2 and count of each column; runs(p, pm, channels, count, scratch) -> the
     same of short channels; largest(p, rows, row_bytes, pm, m_step, cols).
     """
-    load, load_part = loader(dtype, compute)
+    load = loader_up_to(dtype, compute)
     double = compute == "float64"
     lanes = to_compute(compute)
     block = BLOCK[compute]
@@ -137,17 +137,14 @@ def masked_kernels(dtype: str, compute: str, itemsize: int) -> tuple[Any, Any, A
 
     @inner
     def lanes_at(p: int, left: int) -> Any:
-        if left >= LANES:
-            return widen(load(p))
-        return widen(load_part(p, left))
+        return widen(load(p, left))
 
     @inner
     def deviation(p: int, left: int, mask: Any, factor: Any, minus: Any, shift: Any) -> Any:
         # x - shift, 0 where the mask is false; in float32 lanes, where shift is one of the values, before they are wide
         if double:
             return select(mask, fma(lanes_at(p, left), factor, minus), splat(0.0))
-        x = load(p) if left >= LANES else load_part(p, left)
-        return widen(select(mask, x, shift)) + minus
+        return widen(select(mask, load(p, left), shift)) + minus
 
     @inner
     def first_kept(p: int, rows: int, row_bytes: int, pm: int, m_step: int, cols: int) -> float:
@@ -387,14 +384,13 @@ def kept_sums(x: str, compute: str, itemsize: int) -> tuple[Any, Any]:
     t = fma(x, POWER, -mean*POWER) as in `sums.py`. Needed in float64 calls, and where the mean was given: it may be
     that of other elements than the mask keeps.
     """
-    load, load_part = loader(x, compute)
+    load = loader_up_to(x, compute)
     load_c, _ = loader(compute, compute)
     c_size = 8 if compute == "float64" else 4
 
     @inner
     def t_at(p: int, pm: int, left: int, power: Any, high: Any, low: Any) -> Any:
-        v = load(p) if left >= LANES else load_part(p, left)
-        return select(mask_at(pm, left), fma(widen(v), power, high) + low, splat(0.0))
+        return select(mask_at(pm, left), fma(widen(load(p, left)), power, high) + low, splat(0.0))
 
     @inner
     def run(
