@@ -184,6 +184,7 @@ def test_every_public_name_has_its_place_in_the_api():
         "activations",
         "command",
         "dask",
+        "dask_tasks",
         "engines",
         "family",
         "formats",
