@@ -155,11 +155,17 @@ def test_a_second_caller_does_not_wait_for_helpers() -> None:
 
 
 class Guarded:
-    """An uninitialized array so many bytes after the start of a cache line, between bytes that have to stay."""
+    """An uninitialized array so many bytes after the start of a cache line, between bytes that have to stay.
 
-    def __init__(self, like: np.ndarray, offset: int) -> None:
-        self.memory = np.full(like.nbytes + 256, 77, np.uint8)
-        start = -self.memory.ctypes.data % 64 + 64 + offset
+    Within its page it lies a little after the place of another array in its own page, or not: one is gone over
+    downwards (`apply.descends`), the other upwards.
+    """
+
+    def __init__(self, like: np.ndarray, offset: int, after: bool = False) -> None:
+        self.memory = np.full(like.nbytes + 8448, 77, np.uint8)
+        first = -self.memory.ctypes.data % 64 + 64 + offset
+        ahead = self.memory.ctypes.data - like.ctypes.data
+        start = next(s for s in range(first, first + 4096, 64) if (0 < (ahead + s) % 4096 < 400) == after)
         self.array = self.memory[start : start + like.nbytes].view(like.dtype).reshape(like.shape)
         self.around = np.r_[0:start, start + like.nbytes : len(self.memory)]
 
@@ -180,9 +186,9 @@ def test_streaming_goes_by_all_arrays() -> None:
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("form", ["first", "last", "table"])
 @pytest.mark.parametrize("options", ["plain", "far", "mask", "relu", "labels"])
-@pytest.mark.parametrize("size", [32, 144, 160, 300])
+@pytest.mark.parametrize("size", [6, 24, 32, 144, 160, 300])
 def test_large_arrays(size: int, options: str, form: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is done otherwise for large ones, streaming past the cache and rows one by one, is the same to the bit."""
+    """What is done otherwise for large ones (streaming, rows one by one or as one, downwards) is the same to the bit."""
     rng = np.random.default_rng(0)
     kind = dtype_of(dtype)
     shape = {"first": (2, 4, 1024 + size), "last": (2, 40, size), "table": (40, size)}[form]
@@ -195,9 +201,9 @@ def test_large_arrays(size: int, options: str, form: str, dtype: str, monkeypatc
     arguments = (x, groups, weight, bias)
     keywords: dict[str, Any] = {"channel_axis": axis, "where": where}
 
-    def results(offset: int) -> list[bytes]:
+    def results(offset: int, after: bool = False) -> list[bytes]:
         forget_plans()  # they know how their calls are done
-        y, dx, ty = outputs = [Guarded(x, offset) for _ in range(3)]
+        y, dx, ty = outputs = [Guarded(a, offset, after) for a in (x, dy, u)]
         active = {**keywords, "activation": "relu" if options == "relu" else None}
         cugn.group_norm(*arguments, out=y.array, **active)
         grads = cugn.group_norm_backward(dy, *arguments, out=dx.array, **active)
@@ -208,12 +214,14 @@ def test_large_arrays(size: int, options: str, form: str, dtype: str, monkeypatc
         return [np.ascontiguousarray(a).tobytes() for a in (y.array, ty.array, *grads, *moments, *second)]
 
     usual = results(0)
+    assert results(48, True) == usual
     with monkeypatch.context() as patch:
         patch.setattr(geometry, "TOUCHED_FROM", 0)
         assert results(16) == usual
         patch.setattr(geometry, "STREAM_FROM", 0)
         for offset in (0, 2, 16, 30, 34, 48, 62) if kind.itemsize == 2 else (0, 8, 16, 56):
             assert results(offset) == usual, offset
+            assert results(offset, True) == usual, f"{offset}, downwards"
     forget_plans()
 
 

@@ -17,7 +17,18 @@ from typing import Any
 
 from .compile import inner
 from .convert import to_compute
-from .simd import ROUNDER, fma, less, less_equal, select, times_power_of_two, vector_abs
+from .simd import (
+    ROUNDER,
+    above_floor,
+    fma,
+    less,
+    less_equal,
+    scales_any_power,
+    select,
+    times_power_of_floor,
+    times_power_of_two,
+    vector_abs,
+)
 
 # exp(-r) for |r| <= log(2)/2 by Remez's algorithm, relative errors 7.5e-8 and 2e-16, lowest power first. A gate has
 # less than half of it: one digit more would cost an operation and be seen by nobody.
@@ -30,6 +41,18 @@ _EXP = {
         *(1.0, -1.0000000000000064, 0.49999999999997286, -0.16666666666557656, 0.04166666666842739),
         *(-0.008333333384696242, 0.0013888888498912756, -0.00019841171345220726, 2.480191781217471e-05),
         *(-2.763978461400876e-06, 2.748843242522173e-07),
+    ),
+}
+# 2^f for 0 <= f < 1, to as much
+_EXP2 = {
+    "float32": (
+        *(0.9999999250635878, 0.6931530732026261, 0.24015361702112634),
+        *(0.0558263181162335, 0.008989340023581907, 0.001877576700019989),
+    ),
+    "float64": (
+        *(1.0000000000000002, 0.6931471805598912, 0.2402265069613608, 0.05550410862824481, 0.009618129409175977),
+        *(0.0013333543730938329, 0.0001540395749118425, 1.524465964660374e-05, 1.3312720070473668e-06),
+        *(9.46094519850042e-08, 9.952215187242476e-09),
     ),
 }
 _MOST_EXP = {"float32": 86.0, "float64": 708.0}  # exp up to there, and its inverse, are normal numbers
@@ -116,6 +139,23 @@ def decay_of(compute: str) -> Any:
 
 
 @cache
+def odds_of(compute: str) -> Any:
+    """exp(-t) of all lanes there are, where the CPU has the operations: t is neither clipped nor rounded to integers.
+
+    t times log2(e) is rounded once: |t| u of the result, of which a gate shows |t| exp(-|t|) at most.
+    """
+    lanes = to_compute(compute)
+    horner = polynomial(compute, _EXP2[compute])
+
+    @inner
+    def odds(t: Any) -> Any:
+        power = t * lanes(-1 / math.log(2))
+        return times_power_of_floor(horner(above_floor(power)), power)
+
+    return odds
+
+
+@cache
 def activation_kernels(compute: str, activation: str | None) -> tuple[Any, Any]:
     """act(z), and slope(v, z) = v * act'(z), on lanes."""
     if activation is None:
@@ -136,18 +176,16 @@ def activation_kernels(compute: str, activation: str | None) -> tuple[Any, Any]:
 
         return relu, relu_slope
 
-    gates = _gates(compute, activation)
-    clip = clipper(compute)
-    most = _closed_from(compute, activation)
+    return _normal_kernels(compute) if activation == "gelu" else _logistic_kernels(compute, activation == "gelu_tanh")
 
-    decay, argument = decay_of(compute), logistic_argument(compute, activation == "gelu_tanh")
-    logistic = activation != "gelu"
+
+def _normal_kernels(compute: str) -> tuple[Any, Any]:
+    lanes = to_compute(compute)
+    gates, clip, most = normal_gate(compute), clipper(compute), _closed_from(_MOST_EXP[compute], "gelu")
 
     @inner
     def act(z: Any) -> Any:
-        near = clip(z, -most, most)
-        # of a logistic gate one division, which other operations run beside: 0.88 of an estimate of 1/(1 + e) refined
-        opened = z / (lanes(1.0) + decay(argument(near))) if logistic else z * gates(near)[0]
+        opened = z * gates(clip(z, -most, most))[0]
         return select(less(z, lanes(-most)), lanes(0.0), opened)
 
     @inner
@@ -155,6 +193,37 @@ def activation_kernels(compute: str, activation: str | None) -> tuple[Any, Any]:
         near = clip(z, -most, most)
         gate, gate_slope, _ = gates(near)
         return select(less(z, lanes(-most)), lanes(0.0), v * fma(near, gate_slope, gate))
+
+    return act, slope
+
+
+def _logistic_kernels(compute: str, cubic: bool) -> tuple[Any, Any]:
+    """z / (1 + e) and v (1 + e + z t'(z) e) / (1 + e)^2, with e = exp(-t(z)).
+
+    One division, which other operations run beside: 0.88 of an estimate of 1/(1 + e) refined. Without clipping, 8.7
+    cycles for 16 float32 instead of 11.2, and 12.3 instead of 15.4 for the slope.
+    """
+    lanes = to_compute(compute)
+    unclipped, name = scales_any_power(), "gelu_tanh" if cubic else "silu"
+    decay = odds_of(compute) if unclipped else decay_of(compute)
+    argument, argument_slope = logistic_argument(compute, cubic), logistic_slope(compute, cubic)
+    clip, most = clipper(compute), _closed_from(_MOST_EXP[compute], name)
+    least = _closed_from(_MOST_EXP[compute] / 2, name)  # (1 + e)^2 is a number
+
+    @inner
+    def act(z: Any) -> Any:
+        if unclipped:
+            return z / (lanes(1.0) + decay(argument(z)))
+        opened = z / (lanes(1.0) + decay(argument(clip(z, -most, most))))
+        return select(less(z, lanes(-most)), lanes(0.0), opened)
+
+    @inner
+    def slope(v: Any, z: Any) -> Any:
+        near = z if unclipped else clip(z, -least, most)
+        e = decay(argument(near))
+        below = lanes(1.0) + e
+        opened = v * (fma(near * argument_slope(near) if cubic else near, e, below) / (below * below))
+        return select(less(z, lanes(-least)), lanes(0.0), opened)
 
     return act, slope
 
@@ -174,7 +243,7 @@ def derivative_kernel(compute: str, activation: str | None) -> Any:
     gates = _gates(compute, activation)
     clip = clipper(compute)
 
-    most = _closed_from(compute, activation)
+    most = _closed_from(_MOST_EXP[compute], activation)
 
     @inner
     def derivatives(z: Any) -> Any:
@@ -185,12 +254,8 @@ def derivative_kernel(compute: str, activation: str | None) -> Any:
     return derivatives
 
 
-def _closed_from(compute: str, activation: str) -> float:
-    """How far below zero a gate is taken for closed: there it is the least that exp gives, and z may be 1e308.
-
-    As far above it is 1.
-    """
-    most = _MOST_EXP[compute]
+def _closed_from(most: float, activation: str) -> float:
+    """How far below zero a gate is taken for closed, where it is exp(-most); as far above it is 1."""
     if activation == "silu":
         return most
     if activation == "gelu":
@@ -246,21 +311,30 @@ def logistic_argument(compute: str, cubic: bool) -> Any:
 
 
 @cache
+def logistic_slope(compute: str, cubic: bool) -> Any:
+    """The slope of the `logistic_argument`."""
+    lanes = to_compute(compute)
+    linear, third = _TANH_SCALE, _TANH_SCALE * _TANH_CUBIC
+
+    @inner
+    def argument_slope(z: Any) -> Any:
+        return fma(z * z, lanes(3.0 * third), lanes(linear)) if cubic else lanes(1.0)
+
+    return argument_slope
+
+
+@cache
 def logistic_gate(compute: str, cubic: bool) -> Any:
     """1 / (1 + exp(-t)), its slope and its curvature, with t the `logistic_argument` of z, up to _MOST_EXP."""
     lanes = to_compute(compute)
     decay, argument = decay_of(compute), logistic_argument(compute, cubic)
-    linear, third = _TANH_SCALE, _TANH_SCALE * _TANH_CUBIC
+    argument_slope, third = logistic_slope(compute, cubic), _TANH_SCALE * _TANH_CUBIC
 
     @inner
     def gates(z: Any) -> Any:
         one = lanes(1.0)
-        t_slope = one
-        t_curvature = lanes(0.0)
-        if cubic:
-            square = z * z
-            t_slope = fma(square, lanes(3.0 * third), lanes(linear))
-            t_curvature = z * lanes(6.0 * third)
+        t_slope = argument_slope(z)
+        t_curvature = z * lanes(6.0 * third) if cubic else lanes(0.0)
         e = decay(argument(z))
         inverse = one / (one + e)
         logistic_slope = e * inverse * inverse

@@ -10,9 +10,10 @@ from functools import cache
 from typing import Any
 
 from .activate import activation_kernels
-from .apply import HEAD_FROM, rows_together
+from .apply import HEAD_FROM, descends, rows_together, runs_on
 from .compile import inner
 from .convert import LINE, itemsize, line_elements, loader, mask_loader, storer, to_compute
+from .groups import turn_of
 from .simd import LANES, fma, select
 
 _ALIGN_FROM = 256
@@ -76,26 +77,32 @@ def apply_kernels(x: str, v: str, y: str, compute: str, activation: str | None, 
                 py += here * y_size
                 count -= here
                 head -= here
-            if stream and py & (LINE - 1) == 0:
-                while count >= line:
-                    for j in range(0, line, LANES):
-                        xr, vr = load_x(px + j * x_size), load_v(pv + j * v_size)
-                        store_stream(py + j * y_size, gradient(xr, vr, pm + j, p, h, m, a, b, c, s, q))
-                    px += line * x_size
-                    pv += line * v_size
-                    pm += line
-                    py += line * y_size
-                    count -= line
-        while count >= LANES:
-            store(py, gradient(load_x(px), load_v(pv), pm, p, h, m, a, b, c, s, q))
-            px += LANES * x_size
-            pv += LANES * v_size
-            pm += LANES
-            py += LANES * y_size
-            count -= LANES
-        if count > 0:
-            v = gradient_part(load_x_part(px, count), load_v_part(pv, count), pm, count, p, h, m, a, b, c, s, q)
-            store_part(py, v, count)
+        whole = count // LANES
+        left = count - whole * LANES
+        if left > 0:
+            at = whole * LANES
+            xr, vr = load_x_part(px + at * x_size, left), load_v_part(pv + at * v_size, left)
+            v = gradient_part(xr, vr, pm + at, left, p, h, m, a, b, c, s, q)
+            store_part(py + at * y_size, v, left)
+        step = LANES
+        if whole > 1 and (descends(px, py) or descends(pv, py)):
+            at = (whole - 1) * LANES
+            px += at * x_size
+            pv += at * v_size
+            pm += at
+            py += at * y_size
+            step = -LANES
+        streams = stream and count >= line and py & (LINE - 1) == 0
+        for _ in range(whole):
+            v = gradient(load_x(px), load_v(pv), pm, p, h, m, a, b, c, s, q)
+            if streams:
+                store_stream(py, v)
+            else:
+                store(py, v)
+            px += step * x_size
+            pv += step * v_size
+            pm += step
+            py += step * y_size
 
     @inner
     def some_rows(
@@ -139,69 +146,109 @@ def apply_kernels(x: str, v: str, y: str, compute: str, activation: str | None, 
             head = max(head - LANES, 0)
 
     @inner
-    def folded_gradient(px: int, pv: int, pm: int, left: int, coefficients: int, each: int) -> Any:
-        # A*dz + B*x + C, of the first `left` lanes where that is less than a vector
+    def gradient_of_row(px: int, pv: int, pm: int, left: int, coefficients: int, each: int, folded: bool) -> Any:
+        # of the first `left` lanes where that is less than a vector; A*dz + B*x + C if folded
         a = load_c(coefficients + 3 * each)
+        s = load_c(coefficients + 4 * each)
         b = load_c(coefficients + 5 * each)
         c = load_c(coefficients + 6 * each)
         if left >= LANES:
-            xv = load_x(px)
+            t = load_x(px)
             v = load_v(pv)
         else:
-            xv = load_x_part(px, left)
+            t = load_x_part(px, left)
             v = load_v_part(pv, left)
+        if not folded:
+            t = fma(t, load_c(coefficients), load_c(coefficients + each)) + load_c(coefficients + 2 * each)
         if active:
-            v = slope(v, fma(xv, a, load_c(coefficients + 4 * each)))
-        rest = fma(b, xv, c)
+            v = slope(v, fma(t, a, s))
+        rest = fma(b, t, c)
         if masked:
             kept = load_mask(pm) if left >= LANES else load_mask_part(pm, left)
             rest = select(kept, rest, lanes(0.0))
-        return fma(a, v, rest)
+        dx = fma(a, v, rest)
+        if not folded:
+            dx = dx * load_c(coefficients + 7 * each if double else coefficients)
+        return dx
 
     @inner
-    def folded_row(
-        px: int, pv: int, pm: int, py: int, cols: int, coefficients: int, each: int, stream: bool, head: int
-    ) -> None:
-        while head > 0:
-            here = min(head, LANES)
-            store_part(py, folded_gradient(px, pv, pm, here, coefficients, each), here)
-            px += here * x_size
-            pv += here * v_size
-            pm += here
-            py += here * y_size
-            coefficients += here * c_size
-            cols -= here
-            head -= here
-        whole = cols // LANES * LANES
-        streamed = cols // line * line if stream else 0
-        for j in range(0, streamed, LANES):
-            v = folded_gradient(px + j * x_size, pv + j * v_size, pm + j, LANES, coefficients + j * c_size, each)
-            store_stream(py + j * y_size, v)
-        for j in range(streamed, whole, LANES):
-            v = folded_gradient(px + j * x_size, pv + j * v_size, pm + j, LANES, coefficients + j * c_size, each)
-            store(py + j * y_size, v)
-        left = cols - whole
+    def run_of_rows(
+        px: int, pv: int, pm: int, py: int, count: int, turn: int, coefficients: int, each: int, stream: bool,
+        folded: bool,
+    ) -> None:  # fmt: skip
+        # as in the forward's apply
+        j = 0
+        streams = stream and count >= HEAD_FROM
+        if streams:
+            head = (-py & (LINE - 1)) // y_size
+            while head > 0:
+                here = min(head, LANES)
+                store_part(py, gradient_of_row(px, pv, pm, here, coefficients + j * c_size, each, folded), here)
+                px += here * x_size
+                pv += here * v_size
+                pm += here
+                py += here * y_size
+                count -= here
+                head -= here
+                j = (j + here) % turn
+            streams = py & (LINE - 1) == 0
+        whole = count // LANES
+        left = count - whole * LANES
         if left > 0:
-            j = whole
-            v = folded_gradient(px + j * x_size, pv + j * v_size, pm + j, left, coefficients + j * c_size, each)
-            store_part(py + j * y_size, v, left)
+            at, k = whole * LANES, coefficients + (j + whole * LANES) % turn * c_size
+            v = gradient_of_row(px + at * x_size, pv + at * v_size, pm + at, left, k, each, folded)
+            store_part(py + at * y_size, v, left)
+        step = LANES
+        if whole > 1 and (descends(px, py) or descends(pv, py)):
+            at = (whole - 1) * LANES
+            px += at * x_size
+            pv += at * v_size
+            pm += at
+            py += at * y_size
+            j = (j + at) % turn
+            step = -LANES
+        while whole > 0:
+            steps = min(whole, (turn - j + LANES - 1) // LANES if step > 0 else j // LANES + 1)
+            k = coefficients + j * c_size
+            for _ in range(steps):
+                v = gradient_of_row(px, pv, pm, LANES, k, each, folded)
+                if streams:
+                    store_stream(py, v)
+                else:
+                    store(py, v)
+                px += step * x_size
+                pv += step * v_size
+                pm += step
+                py += step * y_size
+                k += step * c_size
+            whole -= steps
+            j += steps * step
+            if j >= turn:
+                j -= turn
+            elif j < 0:
+                j += turn
 
     @inner
     def rows_kernel(
         px: int, x_step: int, pv: int, v_step: int, pm: int, m_step: int, py: int, y_step: int, rows: int, cols: int,
         coefficients: int, each: int, stream: bool, folded: bool, touched: int,
     ) -> None:  # fmt: skip
+        lined = x_step == cols * x_size and v_step == cols * v_size and y_step == cols * y_size
+        if masked:
+            lined = lined and m_step == cols
+        if folded or (lined and runs_on(stream, touched, cols)):
+            length = rows * cols if lined else cols
+            for r in range(1 if lined else rows):
+                qx, qv, qm, qy = px + r * x_step, pv + r * v_step, pm + r * m_step, py + r * y_step
+                if folded:
+                    run_of_rows(qx, qv, qm, qy, length, turn_of(cols), coefficients, each, stream, True)
+                else:
+                    run_of_rows(qx, qv, qm, qy, length, turn_of(cols), coefficients, each, stream, False)
+            return
         head = 0  # as in the forward's apply
         if stream and cols >= HEAD_FROM and y_step & (LINE - 1) == 0:
             head = (-py & (LINE - 1)) // y_size
         streams = stream and ((py + head * y_size) | y_step) & (LINE - 1) == 0
-        if folded:
-            for r in range(rows):
-                folded_row(
-                    px + r * x_step, pv + r * v_step, pm + r * m_step, py + r * y_step, cols, coefficients, each,
-                    streams, head,
-                )  # fmt: skip
-            return
         together = rows_together(streams, touched, (7 + double) * cols * c_size)
         done = 0
         while done < rows:

@@ -250,7 +250,8 @@ def of(
         turned_mask_at = turned_at + (2 * turned_bytes + 2 * FOLDED * _padded(C) if sums else turned_bytes)
         room = turned_mask_at + (0 if where is None else 2 * LANES * _padded(C)) - blocks_at
     coefficients_at = _line(blocks_at + room)
-    coefficient_bytes = _line((columns + LANES) * ITEMSIZE[compute])
+    # they go on after their end: by a vector, or as `turn_of` says
+    coefficient_bytes = _line(max(columns + LANES, 4 * LANES) * ITEMSIZE[compute])
     pieces_at = coefficients_at + (coefficients * coefficient_bytes if by_rows else 0)
     piece_bytes = 0 if dense else _line(rows * channels * part * 8 + 128)
     mask_piece_at = pieces_at + piece_bytes * len(arrays)

@@ -214,6 +214,12 @@ def foldable(record: int, arrays: int) -> bool:
     return True
 
 
+@inner
+def turn_of(cols: int) -> int:
+    """Coefficients after which a vector of them may begin again: those of a row, or of so many that they fill one."""
+    return cols * ((LANES + cols - 1) // cols)
+
+
 @cache
 def coefficient_kernel(compute: str, tangents: bool = False) -> Any:
     """expand(geometry, call, tag, task, channel0, channels, records, scratch, arrays, fold): coefficients element by
@@ -224,9 +230,11 @@ def coefficient_kernel(compute: str, tangents: bool = False) -> Any:
     seven words of the group's record.
     With `fold`, the coefficients of x itself, and 1, -0.0, -0.0 for the first three, where a group and the
     weight allow that: the same bits whether a loop makes use of it or not. CALL_FOLDED says whether all are such.
+    They are followed by themselves, as far as vectors that begin in a row go on into the next ones.
     A participant keeps those of whole rows from chunk to chunk: `tag` says which task and phase they are for.
     """
     store_c, _, _ = storer(compute, "float64")
+    again, load_again = storer(compute, compute)[0], loader(compute, compute)[0]
     size = 4 if compute == "float32" else 8
     double = compute == "float64"
     last_field = w.RECORD_BYTES // 8 if tangents else w.DX_POWER + 1
@@ -323,6 +331,11 @@ def coefficient_kernel(compute: str, tangents: bool = False) -> Any:
                         for k in range(w.GX_OFFSET, arrays):
                             store_c(at + k * each, field_of(record, fields, k, by_channel))
             c += together
+        cols = channels * inner_size
+        for k in range(arrays):
+            at = target + k * each
+            for j in range(cols, turn_of(cols) + LANES, cols):
+                again(at + j * size, load_again(at))
         store_i64(call, w.CALL_FOLDED, 1 if reduce_max(unfolded) == 0.0 else 0)
 
     return expand

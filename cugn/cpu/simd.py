@@ -191,6 +191,50 @@ def times_power_of_two(typingctx: Any, value: Any, power: Any) -> Any:
     return value(value, power), codegen
 
 
+def scales_any_power() -> bool:
+    """Whether the CPU takes a number's fraction, and multiplies by a power of two, for all numbers there are."""
+    return cpu_has("avx512dq")
+
+
+def _of_registers(builder: Any, name: str, vectors: Any, *constants: Any) -> Any:
+    """An AVX-512 intrinsic of 16 lanes: one register of float32, two of float64."""
+    lane = vectors[0].type.element
+    double = str(lane) == "double"
+    width, bits = (8, 8) if double else (16, 16)
+    index, mask = ir.IntType(32), ir.Constant(ir.IntType(bits), -1)
+    kind = ir.VectorType(lane, width)
+    full = f"llvm.x86.avx512.mask.{name}.{'pd' if double else 'ps'}.512"
+    parts = []
+    for start in range(0, LANES, width):
+        picked = ir.Constant(ir.VectorType(index, width), list(range(start, start + width)))
+        here = [builder.shuffle_vector(v, ir.Constant(v.type, ir.Undefined), picked) for v in vectors]
+        last = [ir.Constant(index, 4)]  # rounding as the thread has it
+        parts.append(call_intrinsic(builder, full, kind, [*here, *constants, ir.Constant(kind, None), mask, *last]))
+    if len(parts) == 1:
+        return parts[0]
+    return builder.shuffle_vector(*parts, ir.Constant(ir.VectorType(index, LANES), list(range(LANES))))
+
+
+@intrinsic
+def above_floor(typingctx: Any, value: Any) -> Any:
+    """value - floor(value), exactly; 0 of infinities."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _of_registers(builder, "reduce", args, ir.Constant(ir.IntType(32), 1))
+
+    return value(value), codegen
+
+
+@intrinsic
+def times_power_of_floor(typingctx: Any, value: Any, power: Any) -> Any:
+    """value * 2**floor(power), rounded once where it is subnormal, 0 or infinity beyond."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _of_registers(builder, "scalef", args)
+
+    return value(value, power), codegen
+
+
 @intrinsic
 def reduce_add(typingctx: Any, value: Any) -> Any:
     """Sum of the lanes, by halves: always the same tree."""

@@ -19,13 +19,16 @@ from .compile import inner
 from .convert import itemsize, loader, storer, to_compute
 from .memory import store_f64
 from .simd import LANES, equal, first_lanes, fma, folded_sums, reduce_add, select, splat, store_folded, widen
-from .touch import touch_rows
+from .touch import prefetch, touch_rows
 from .words import FOLDED_SUM, SUMS
 
 _CHAIN = 4
 """float32 terms of a lane that are added before float64 takes over."""
 _STEPS = 8
 """The same of float64, before the rounding of their sum is kept; of columns that costs as much as four rows do."""
+_AHEAD = 1024
+"""Bytes ahead of which x and dy are asked for where a gate's operations, waiting for each other, leave no room to look
+further: silu's backward takes 0.88 to 0.93 of the time from L3 and memory, 0.99 to 1.03 from L2."""
 _load64, _load64_part = loader("float64", "float64")
 _store64, _store64_part, _ = storer("float64", "float64")
 
@@ -48,6 +51,7 @@ def sum_kernels(v: str, x: str, compute: str, activation: str | None, keeps: boo
     slope = activation_kernels(compute, activation)[1]
     double = compute == "float64"
     active = activation is not None
+    waits = activation in ("silu", "gelu_tanh")
     v_size, x_size = itemsize(v), itemsize(x)
     c_size = 8 if double else 4
     together = _STEPS if double else _CHAIN  # rows of columns
@@ -84,6 +88,9 @@ def sum_kernels(v: str, x: str, compute: str, activation: str | None, keeps: boo
         t = fma(load_x(qx), p, h) + m
         v = load_v(qv)
         if active:
+            if waits:
+                prefetch(qx + _AHEAD)
+                prefetch(qv + _AHEAD)
             v = slope(v, fma(t, a, b))
             if keeps and kept != 0:
                 store_c(kept, v)

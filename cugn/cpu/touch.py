@@ -14,7 +14,8 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from .compile import inner
-from .memory import I64, pointer
+from .memory import I8, I64, pointer
+from .simd import call_intrinsic
 
 _PAGE = 4096
 _LINE = 64
@@ -42,3 +43,16 @@ def touch_rows(p: int, step: int, rows: int, width: int, most: int) -> None:
         for r in range(rows):
             for line in range(0, width, _LINE):
                 _touch(p + r * step + line)
+
+
+@intrinsic
+def prefetch(typingctx: Any, address: Any) -> Any:
+    """Ask for the line that a byte is in; wherever that is, nothing comes of it but a line in L1."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        where = pointer(builder, args[0], I8)
+        read, keep, data = (ir.Constant(ir.IntType(32), k) for k in (0, 3, 1))
+        call_intrinsic(builder, "llvm.prefetch.p0i8", ir.VoidType(), [where, read, keep, data])
+        return context.get_dummy_value()
+
+    return types.none(types.int64), codegen
