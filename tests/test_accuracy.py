@@ -237,6 +237,26 @@ def test_backward(row: str, dtype: str, library: Library) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("row", ["N(0,1)", "1e4+N", "one outlier of 1e4"])
+@pytest.mark.parametrize(
+    ("channels", "groups"), [(1, 1), (3, 1), (3, 3), (5, 1), (12, 4), (15, 5), (7, [0, 1, 0, 1, 2, 2, 0])]
+)
+def test_channels_that_are_less_than_a_vector(channels: int, groups: Any, row: str, dtype: str) -> None:
+    """Channels-last: as many positions as fill vectors are taken as one row, and some are left."""
+    if dtype not in ROWS[row].dtypes:
+        pytest.skip(f"{dtype} does not hold this input")
+    shape = (2, channels, 41, 43)
+    x, weight, bias, dy = _input(row, dtype, shape)
+    a, b = (np.ascontiguousarray(np.moveaxis(v, 1, -1)) for v in (x, dy))
+    y, mean, rstd = cugn.group_norm_forward(a, groups, weight, bias, channel_axis=-1)
+    check_y(np.moveaxis(y, -1, 1), oracle.forward(x, groups, weight, bias), dtype, "forward")
+    expected = oracle.backward(dy, x, groups, weight)
+    for statistics in ({}, {"mean": mean, "rstd": rstd}):
+        result = cugn.group_norm_backward(b, a, groups, weight, channel_axis=-1, **statistics)
+        check_gradients(result._replace(dx=np.moveaxis(result.dx, -1, 1)), expected, dtype, f"{sorted(statistics)}")
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("row", ["N(0,1)", "1e4+N", "1e6+N", "1e20 N", "one outlier of 1e4", "constant 1e4"])
 def test_large_groups(row: str, dtype: str) -> None:
     """Groups of 65,536 elements and more: blocks are merged without loss; group, batch and instance norm."""

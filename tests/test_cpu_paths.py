@@ -188,7 +188,7 @@ def test_streaming_goes_by_all_arrays() -> None:
 @pytest.mark.parametrize("options", ["plain", "far", "mask", "relu", "labels"])
 @pytest.mark.parametrize("size", [6, 24, 32, 144, 160, 300])
 def test_large_arrays(size: int, options: str, form: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is done otherwise for large ones (streaming, rows one by one or as one, downwards) is the same to the bit."""
+    """What is done otherwise for large ones (streaming, rows one by one, as one, downwards) is the same to the bit."""
     rng = np.random.default_rng(0)
     kind = dtype_of(dtype)
     shape = {"first": (2, 4, 1024 + size), "last": (2, 40, size), "table": (40, size)}[form]

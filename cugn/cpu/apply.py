@@ -11,9 +11,9 @@ from functools import cache
 from typing import Any
 
 from .activate import activation_kernels
+from .chunks import turn_of
 from .compile import inner
 from .convert import LINE, line_elements, loader, storer, to_compute
-from .groups import turn_of
 from .phases import GATES
 from .simd import LANES, fma
 
@@ -23,7 +23,7 @@ HEAD_FROM = 128
 
 
 @inner
-def rows_together(streams: bool, touched: int, coefficient_bytes: int) -> int:
+def coefficients_together(streams: bool, touched: int, coefficient_bytes: int) -> int:
     """How many rows are gone over column by column, so that coefficients are loaded once for all of them.
 
     From main memory one, if L1 holds the coefficients beside it: 0.66 to 0.8 of the time of four (float64). In cache
@@ -235,7 +235,7 @@ def apply_kernels(x: str, y: str, compute: str, activation: str | None, x_size: 
         if stream and cols >= HEAD_FROM and y_step & (LINE - 1) == 0:
             head = (-py & (LINE - 1)) // y_size
         streams = stream and ((py + head * y_size) | y_step) & (LINE - 1) == 0
-        together = rows_together(streams, touched, 5 * cols * c_size)
+        together = coefficients_together(streams, touched, 5 * cols * c_size)
         done = 0
         while done < rows:
             here = min(together, rows - done)

@@ -10,10 +10,10 @@ from functools import cache
 from typing import Any
 
 from .activate import activation_kernels
-from .apply import HEAD_FROM, descends, rows_together, runs_on
+from .apply import HEAD_FROM, coefficients_together, descends, runs_on
+from .chunks import turn_of
 from .compile import inner
 from .convert import LINE, itemsize, line_elements, loader, mask_loader, storer, to_compute
-from .groups import turn_of
 from .simd import LANES, fma, select
 
 _ALIGN_FROM = 256
@@ -249,7 +249,7 @@ def apply_kernels(x: str, v: str, y: str, compute: str, activation: str | None, 
         if stream and cols >= HEAD_FROM and y_step & (LINE - 1) == 0:
             head = (-py & (LINE - 1)) // y_size
         streams = stream and ((py + head * y_size) | y_step) & (LINE - 1) == 0
-        together = rows_together(streams, touched, (7 + double) * cols * c_size)
+        together = coefficients_together(streams, touched, (7 + double) * cols * c_size)
         done = 0
         while done < rows:
             here = min(together, rows - done)

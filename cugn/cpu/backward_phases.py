@@ -15,7 +15,8 @@ from typing import Any
 from . import words as w
 from .access import word
 from .backward_loops import apply_kernels
-from .chunks import chunk_memory, place_of
+from .block_moments import two_sum_error
+from .chunks import chunk_memory, place_of, rows_together
 from .compile import inner
 from .convert import itemsize, loader, storer, to_compute
 from .gradients import task_gradients
@@ -26,7 +27,7 @@ from .masked import kept_sums
 from .memory import bits_float, load_f64, load_i64, store_f64, store_i64
 from .phases import GATES, keeps_dz
 from .simd import LANES, fma, splat
-from .statistics import pair, record_writer
+from .statistics import padded_bytes, pair, record_writer
 from .sums import add_layers, sum_kernels
 from .words import FOLDED, SUMS
 
@@ -59,6 +60,7 @@ def sums_chunk(
     double = compute == "float64"
     active = activation is not None
     gated = double and activation in GATES
+    kinds = 2 * SUMS if double else SUMS + 1  # arrays of sums: of what they lost, or to take them again
 
     @inner
     def chunk_sums(geometry: int, call: int, task: int, chunk: int, store: int, scratch: int) -> None:
@@ -89,22 +91,35 @@ def sums_chunk(
         if by_rows:
             cols = channels * length
             own = scratch + word(geometry, w.BLOCKS_AT)
-            each64 = 8 * ((cols + LANES - 1) // LANES * LANES + LANES)
             arrays = 5 if active else 3
             expand(geometry, call, 2 * task, task, channel0, channels, records, scratch, arrays, False)
             coefficients = scratch + word(geometry, w.COEFFICIENTS_AT)
             each = word(geometry, w.COEFFICIENT_BYTES)
-            columns(pv, v_step, px, x_step, rows, cols, own, each64, coefficients, each, word(geometry, w.TOUCHED))
+            together = rows_together(rows, cols, x_step == cols * x_size and v_step == cols * y_size)
+            whole = rows // together
+            rest = rows - whole * together
+            each64 = padded_bytes(together * cols) + 8 * LANES
+            for part in range(2 if rest > 0 else 1):
+                at, height, width, many = 0, whole, together * cols, together
+                if part == 1:
+                    at, height, width, many = whole * together, rest, cols, 1
+                columns(
+                    pv + at * v_step, many * v_step, px + at * x_step, many * x_step, height, width,
+                    own + part * kinds * each64, each64, coefficients, each, word(geometry, w.TOUCHED),
+                )  # fmt: skip
             for k in range(SUMS if double else SUMS - 1):
-                sums = own + k * each64
-                lost = sums + SUMS * each64
                 for c in range(channels):
                     total = 0.0
-                    for j in range(c * length, (c + 1) * length):
-                        total += load_f64(sums, j)
-                        if double:
-                            total += load_f64(lost, j)
-                    store_f64(out + k * padded, c, total)
+                    lost = 0.0
+                    for row in range(together + (rest > 0)):
+                        sums = own + k * each64 + (8 * row * cols if row < together else kinds * each64)
+                        for j in range(c * length, (c + 1) * length):
+                            term = load_f64(sums, j)
+                            moved = total + term
+                            if double:
+                                lost += two_sum_error(total, term, moved) + load_f64(sums + SUMS * each64, j)
+                            total = moved
+                    store_f64(out + k * padded, c, total + lost)
             if masked and (double or load_i64(call, w.CALL_GIVEN) == 1):
                 columns_kept(px, x_step, pm, m_step, rows, cols, own, each64, coefficients, each)
                 for c in range(channels):

@@ -8,6 +8,8 @@ from . import words as w
 from .access import array_word, word
 from .compile import apart, general, inner
 from .memory import load_i32, load_i64, load_u8, load_u16, store_i32, store_i64, store_u8, store_u16
+from .simd import LANES
+from .words import SHORT_ROWS
 
 
 class Place(NamedTuple):
@@ -46,6 +48,19 @@ def place_of(geometry: int, task: int, chunk: int) -> Any:
     length = min(word(geometry, w.PART), word(geometry, w.INNER) - start)
     first = task % bundles * width + channel0
     return Place(task // bundles, row0, rows, first, channel0, channels, start, length, row_chunk * parts + part)
+
+
+@inner
+def turn_of(cols: int) -> int:
+    """Elements after which rows may be taken to begin again: those of a row, or of some where one is not a vector."""
+    return cols if cols >= LANES else cols * ((SHORT_ROWS + cols - 1) // cols)
+
+
+@inner
+def rows_together(rows: int, cols: int, lined: bool) -> int:
+    """How many rows are gone over as one, column by column: more than one of short ones that lie one after another."""
+    together = turn_of(cols) // cols
+    return together if lined and rows >= 8 * together else 1
 
 
 @inner

@@ -24,7 +24,7 @@ import numpy as np
 from ..layout import Layout
 from ..plan import Plan
 from . import words as w
-from .words import FOLDED, FOLDED_SUM, SUMS
+from .words import FOLDED, FOLDED_SUM, SHORT_ROWS, SUMS
 
 ITEMSIZE = {
     "bool": 1, "int8": 1, "uint8": 1, "int16": 2, "uint16": 2,
@@ -226,6 +226,8 @@ def of(
     totals_at = sums_at + 8 * sums * layers * _padded(width)
     store = _line(totals_at + 8 * sums * _padded(width))
     columns = _padded(channels * part)
+    if by_rows and channels * part < LANES:  # as many rows as fill vectors, and those that are left (`rows_together`)
+        columns = _padded(3 * (SHORT_ROWS + LANES))
     weight_at = w.CALL_BYTES
     bias_at = weight_at + 8 * _padded(C)
     own_records_at = _line(weight_at + 8 * vectors * _padded(C))
@@ -250,8 +252,7 @@ def of(
         turned_mask_at = turned_at + (2 * turned_bytes + 2 * FOLDED * _padded(C) if sums else turned_bytes)
         room = turned_mask_at + (0 if where is None else 2 * LANES * _padded(C)) - blocks_at
     coefficients_at = _line(blocks_at + room)
-    # they go on after their end: by a vector, or as `turn_of` says
-    coefficient_bytes = _line(max(columns + LANES, 4 * LANES) * ITEMSIZE[compute])
+    coefficient_bytes = _line((columns + LANES) * ITEMSIZE[compute])  # by a vector they go on after their end
     pieces_at = coefficients_at + (coefficients * coefficient_bytes if by_rows else 0)
     piece_bytes = 0 if dense else _line(rows * channels * part * 8 + 128)
     mask_piece_at = pieces_at + piece_bytes * len(arrays)

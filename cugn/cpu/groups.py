@@ -7,6 +7,7 @@ from typing import Any
 
 from . import words as w
 from .access import word
+from .chunks import turn_of
 from .compile import general, inner
 from .convert import loader, storer, to_compute
 from .memory import bits_float, load_f64, load_i64, store_f64, store_i64
@@ -212,12 +213,6 @@ def foldable(record: int, arrays: int) -> bool:
             return False
         return abs(load_f64(record, w.OFFSET)) <= 2.0**80
     return True
-
-
-@inner
-def turn_of(cols: int) -> int:
-    """Coefficients after which a vector of them may begin again: those of a row, or of so many that they fill one."""
-    return cols * ((LANES + cols - 1) // cols)
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any
 from . import words as w
 from .access import word
 from .block_moments import block_kernels, merge, segment_partial
-from .chunks import chunk_memory, place_of
+from .chunks import chunk_memory, place_of, rows_together
 from .compile import inner, within
 from .convert import itemsize, loader, storer
 from .labelled import merge_label, short_runs, sort_partials
@@ -28,6 +28,12 @@ _store64_part = storer("float64", "float64")[1]
 def exponent(value: float) -> int:
     """floor(log2(|value|)); 1024 for infinity and NaN, -1023 for zero and subnormal numbers."""
     return ((float_bits(value) >> 52) & 2047) - 1023
+
+
+@inner
+def padded_bytes(columns: int) -> int:
+    """Bytes of float64 values of columns, in whole vectors."""
+    return 8 * ((columns + LANES - 1) // LANES * LANES)
 
 
 @inner
@@ -198,12 +204,26 @@ def statistics(
         of_segment = min(width // segments, channels) * length
         if by_rows:  # noqa: SIM102 - known when the kernel is compiled, which then has no columns in it
             if word(geometry, w.BY_COLUMNS) != 0:
-                each = 8 * ((cols + LANES - 1) // LANES * LANES)
+                together = 1 if masked else rows_together(rows, cols, step == cols * size)
+                whole = rows // together
+                rest = rows - whole * together
+                each = padded_bytes(together * cols)
                 if masked:
                     masked_columns(p, rows, step, pm, m_step, cols, 1.0, blocks, word(geometry, w.TOUCHED))
                 else:
-                    columns(p, rows, step, cols, 1.0, blocks, word(geometry, w.TOUCHED))
-                if labelled and of_segment == 1:
+                    for part in range(2 if rest > 0 else 1):
+                        if part == 0:
+                            q, height, row_bytes, width, at = p, whole, together * step, together * cols, blocks
+                        else:
+                            q, height, row_bytes, width, at = (
+                                p + together * whole * step,
+                                rest,
+                                step,
+                                cols,
+                                blocks + 5 * each,
+                            )
+                        columns(q, height, row_bytes, width, 1.0, at, word(geometry, w.TOUCHED))
+                if labelled and of_segment == 1 and together == 1:
                     keep_columns(geometry, blocks, each, float(rows), channels, partials, place.layer, channel0)
                     return
                 for first in range(0, cols, of_segment):
@@ -211,8 +231,22 @@ def statistics(
                     target = blocks - 64 if labelled else out
                     if masked:
                         merge_columns(at + 3 * each, at, at + each, at + 2 * each, of_segment, target)
-                    else:
+                    elif together == 1:
                         segment_partial(at, at + each, at + 2 * each, of_segment, float(rows), target)
+                    else:
+                        # a segment is in each of the rows that were one, and in those that were left
+                        at_rest = blocks + 5 * each
+                        each_rest = padded_bytes(cols)
+                        parts = at_rest + 5 * each_rest
+                        for k in range(together + (rest > 0)):
+                            if k < together:
+                                at, apart, count = blocks + 8 * (k * cols + first), each, float(whole)
+                            else:
+                                at, apart, count = at_rest + 8 * first, each_rest, float(rest)
+                            segment_partial(
+                                at, at + apart, at + 2 * apart, of_segment, count, parts + k * PARTIAL_BYTES
+                            )
+                        merge(parts, together + (rest > 0), PARTIAL_BYTES, target)
                     if labelled:
                         keep(geometry, target, partials, place.layer, channel0 + first // of_segment)
                     out += PARTIAL_BYTES

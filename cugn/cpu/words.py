@@ -90,6 +90,10 @@ POOL_BYTES = 192
 (CALL_DWEIGHT, CALL_DBIAS, CALL_FOLDED) = (25, 26, 27)
 CALL_BYTES = 256
 
+SHORT_ROWS = 64
+"""Elements, at least, that rows shorter than a vector are taken together for: three channels are a part of a vector, 66
+of them are four and a part.
+"""
 SUMS = 3
 """Sums that the backward keeps for each channel: of v, of v*t, of t; under a mask also the count."""
 FOLDED, FOLDED_SUM = 64, 1024
