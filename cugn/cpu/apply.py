@@ -1,8 +1,7 @@
 """y = act(x_hat * weight + bias) over a run of one channel, or over rows with coefficients element by element.
 
 x is read once and y written once. With the mean in two parts and POWER next to rstd: t = fma(x, POWER, MINUS_HIGH)
-+ MINUS_LOW, y = fma(t, a, b): four roundings, <= 2e of the result's scale. Streaming stores leave y out of the
-cache: 25 against 17 GB/s for arrays that would not stay there anyway.
++ MINUS_LOW, y = fma(t, a, b): four roundings, <= 2e of the result's scale.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from .compile import inner
 from .convert import LINE, line_elements, loader, storer, to_compute
 from .phases import GATES
 from .simd import LANES, fma
+from .walk import ALIGN_FROM, ONCE, walker
 
-_ALIGN_FROM = 256
 HEAD_FROM = 128
 """Columns of a row from which a few of them may be stored by themselves."""
 
@@ -30,17 +29,6 @@ def coefficients_together(streams: bool, touched: int, coefficient_bytes: int) -
     four (one takes 1.3 of the time), and where y is streamed (1.2).
     """
     return 4 if streams or touched == 0 or coefficient_bytes > 16384 else 1
-
-
-@inner
-def descends(read: int, written: int) -> bool:
-    """Whether vectors are gone over from the last to the first.
-
-    A load waits for a store before it that is not yet in the cache if the two seem to overlap in part, by the last 12
-    bits of their addresses. Upwards they do where an array is written a little further on in its page than it is read:
-    silu took up to 2.2 of the time.
-    """
-    return 0 < (written - read) & 4095 < 512
 
 
 @inner
@@ -76,53 +64,33 @@ def apply_kernels(x: str, y: str, compute: str, activation: str | None, x_size: 
     line = line_elements(y)
 
     @inner
-    def element(v: Any, p: Any, h: Any, m: Any, a: Any, b: Any, folded: bool) -> Any:
+    def of_run(px: int, pv: int, pm: int, left: int, coefficients: int, folded: bool, values: Any) -> Any:
+        p, h, m, a, b = values
+        v = load(px) if left >= LANES else load_part(px, left)
         if folds and folded:
             return act(fma(v, a, b))
         return act(fma(fma(v, p, h) + m, a, b))
 
     @inner
+    def of_row(px: int, pv: int, pm: int, left: int, coefficients: int, folded: bool, each: int) -> Any:
+        v = load(px) if left >= LANES else load_part(px, left)
+        if not folded:
+            v = fma(v, load_c(coefficients), load_c(coefficients + each)) + load_c(coefficients + 2 * each)
+        return act(fma(v, load_c(coefficients + 3 * each), load_c(coefficients + 4 * each)))
+
+    walk_run = walker(of_run, x, x, y, compute)
+    walk_rows = walker(of_row, x, x, y, compute)
+
+    @inner
     def run(
         px: int, py: int, count: int, p: Any, h: Any, m: Any, scale: float, shift: float, stream: bool, folded: bool
     ) -> None:  # fmt: skip
-        a = lanes(scale)
-        b = lanes(shift)
-        if count >= _ALIGN_FROM:
-            # NumPy's arrays lie 16 bytes off a cache line: a head makes all stores, and mostly the loads, whole lines
-            head = (-py & (LINE - 1)) // y_size
-            while head > 0:
-                here = min(head, LANES)
-                store_part(py, element(load_part(px, here), p, h, m, a, b, folded), here)
-                px += here * x_size
-                py += here * y_size
-                count -= here
-                head -= here
-        whole = count // LANES
-        left = count - whole * LANES
-        if left > 0:
-            at = whole * LANES
-            store_part(py + at * y_size, element(load_part(px + at * x_size, left), p, h, m, a, b, folded), left)
-        x_step, y_step = LANES * x_size, LANES * y_size
-        if whole > 1 and descends(px, py):
-            px += (whole - 1) * x_step
-            py += (whole - 1) * y_step
-            x_step, y_step = -x_step, -y_step
-        if stream and count >= line and py & (LINE - 1) == 0:
-            for _ in range(whole):
-                store_stream(py, element(load(px), p, h, m, a, b, folded))
-                px += x_step
-                py += y_step
-            return
-        while whole >= 2:
-            y0 = element(load(px), p, h, m, a, b, folded)
-            y1 = element(load(px + x_step), p, h, m, a, b, folded)
-            store(py, y0)
-            store(py + y_step, y1)
-            px += 2 * x_step
-            py += 2 * y_step
-            whole -= 2
-        if whole > 0:
-            store(py, element(load(px), p, h, m, a, b, folded))
+        values = (p, h, m, lanes(scale), lanes(shift))
+        lined = count >= ALIGN_FROM
+        if folds and folded:
+            walk_run(px, px, 0, py, count, 0, ONCE, lined, stream, True, values)
+        else:
+            walk_run(px, px, 0, py, count, 0, ONCE, lined, stream, False, values)
 
     @inner
     def some_rows(
@@ -155,79 +123,20 @@ def apply_kernels(x: str, y: str, compute: str, activation: str | None, x_size: 
             head = max(head - LANES, 0)
 
     @inner
-    def element_of_row(px: int, left: int, coefficients: int, each: int, folded: bool) -> Any:
-        # of the first `left` lanes where that is less than a vector
-        if left >= LANES:
-            v = load(px)
-        else:
-            v = load_part(px, left)
-        if not folded:
-            v = fma(v, load_c(coefficients), load_c(coefficients + each)) + load_c(coefficients + 2 * each)
-        return act(fma(v, load_c(coefficients + 3 * each), load_c(coefficients + 4 * each)))
-
-    @inner
-    def run_of_rows(
-        px: int, py: int, count: int, turn: int, coefficients: int, each: int, stream: bool, folded: bool
-    ) -> None:
-        # elements that lie one after another, each with coefficients of its own, which begin again after `turn` of them
-        j = 0
-        streams = stream and count >= HEAD_FROM
-        if streams:
-            head = (-py & (LINE - 1)) // y_size
-            while head > 0:
-                here = min(head, LANES)
-                store_part(py, element_of_row(px, here, coefficients + j * c_size, each, folded), here)
-                px += here * x_size
-                py += here * y_size
-                count -= here
-                head -= here
-                j = (j + here) % turn
-            streams = py & (LINE - 1) == 0
-        whole = count // LANES
-        left = count - whole * LANES
-        if left > 0:
-            at, k = whole * LANES, coefficients + (j + whole * LANES) % turn * c_size
-            store_part(py + at * y_size, element_of_row(px + at * x_size, left, k, each, folded), left)
-        step = LANES
-        if whole > 1 and descends(px, py):
-            px += (whole - 1) * LANES * x_size
-            py += (whole - 1) * LANES * y_size
-            j = (j + (whole - 1) * LANES) % turn
-            step = -LANES
-        while whole > 0:
-            # a vector goes on into the next row, by the coefficients that follow the last ones
-            steps = min(whole, (turn - j + LANES - 1) // LANES if step > 0 else j // LANES + 1)
-            k = coefficients + j * c_size
-            for _ in range(steps):
-                value = element_of_row(px, LANES, k, each, folded)
-                if streams:
-                    store_stream(py, value)
-                else:
-                    store(py, value)
-                px += step * x_size
-                py += step * y_size
-                k += step * c_size
-            whole -= steps
-            j += steps * step
-            if j >= turn:
-                j -= turn
-            elif j < 0:
-                j += turn
-
-    @inner
     def rows_kernel(
         px: int, x_step: int, py: int, y_step: int, rows: int, cols: int, coefficients: int, each: int, stream: bool,
         folded: bool, touched: int,
     ) -> None:  # fmt: skip
         lined = x_step == cols * x_size and y_step == cols * y_size
         if folded or (lined and runs_on(stream, touched, cols)):
-            length = rows * cols if lined else cols
+            count = rows * cols if lined else cols
+            head_first = stream and count >= HEAD_FROM
             for r in range(1 if lined else rows):
                 qx, qy = px + r * x_step, py + r * y_step
                 if folded:
-                    run_of_rows(qx, qy, length, turn_of(cols), coefficients, each, stream, True)
+                    walk_rows(qx, qx, 0, qy, count, coefficients, turn_of(cols), head_first, stream, True, each)
                 else:
-                    run_of_rows(qx, qy, length, turn_of(cols), coefficients, each, stream, False)
+                    walk_rows(qx, qx, 0, qy, count, coefficients, turn_of(cols), head_first, stream, False, each)
             return
         # streaming needs whole lines: a head in each row makes all other stores such (0.7 of the time for 75 MB; within
         # the cache the heads would cost more than whole lines gain)

@@ -10,13 +10,12 @@ from functools import cache
 from typing import Any
 
 from .activate import activation_kernels
-from .apply import HEAD_FROM, coefficients_together, descends, runs_on
+from .apply import HEAD_FROM, coefficients_together, runs_on
 from .chunks import turn_of
 from .compile import inner
 from .convert import LINE, itemsize, line_elements, loader, mask_loader, storer, to_compute
 from .simd import LANES, fma, select
-
-_ALIGN_FROM = 256
+from .walk import ALIGN_FROM, ONCE, walker
 
 
 @cache
@@ -59,50 +58,11 @@ def apply_kernels(x: str, v: str, y: str, compute: str, activation: str | None, 
         return fma(a, v, rest) * q
 
     @inner
-    def run(
-        px: int, pv: int, pm: int, py: int, count: int, p: Any, h: Any, m: Any, q: Any, b: Any, c: Any,
-        scale: float, shift: float, stream: bool,
-    ) -> None:  # fmt: skip
-        a = lanes(scale)
-        s = lanes(shift)
-        if count >= _ALIGN_FROM:
-            head = (-py & (LINE - 1)) // y_size
-            while head > 0:
-                here = min(head, LANES)
-                v = gradient_part(load_x_part(px, here), load_v_part(pv, here), pm, here, p, h, m, a, b, c, s, q)
-                store_part(py, v, here)
-                px += here * x_size
-                pv += here * v_size
-                pm += here
-                py += here * y_size
-                count -= here
-                head -= here
-        whole = count // LANES
-        left = count - whole * LANES
-        if left > 0:
-            at = whole * LANES
-            xr, vr = load_x_part(px + at * x_size, left), load_v_part(pv + at * v_size, left)
-            v = gradient_part(xr, vr, pm + at, left, p, h, m, a, b, c, s, q)
-            store_part(py + at * y_size, v, left)
-        step = LANES
-        if whole > 1 and (descends(px, py) or descends(pv, py)):
-            at = (whole - 1) * LANES
-            px += at * x_size
-            pv += at * v_size
-            pm += at
-            py += at * y_size
-            step = -LANES
-        streams = stream and count >= line and py & (LINE - 1) == 0
-        for _ in range(whole):
-            v = gradient(load_x(px), load_v(pv), pm, p, h, m, a, b, c, s, q)
-            if streams:
-                store_stream(py, v)
-            else:
-                store(py, v)
-            px += step * x_size
-            pv += step * v_size
-            pm += step
-            py += step * y_size
+    def of_run(px: int, pv: int, pm: int, left: int, coefficients: int, folded: bool, values: Any) -> Any:
+        p, h, m, a, b, c, s, q = values
+        if left >= LANES:
+            return gradient(load_x(px), load_v(pv), pm, p, h, m, a, b, c, s, q)
+        return gradient_part(load_x_part(px, left), load_v_part(pv, left), pm, left, p, h, m, a, b, c, s, q)
 
     @inner
     def some_rows(
@@ -146,7 +106,7 @@ def apply_kernels(x: str, v: str, y: str, compute: str, activation: str | None, 
             head = max(head - LANES, 0)
 
     @inner
-    def gradient_of_row(px: int, pv: int, pm: int, left: int, coefficients: int, each: int, folded: bool) -> Any:
+    def of_row(px: int, pv: int, pm: int, left: int, coefficients: int, folded: bool, each: int) -> Any:
         # of the first `left` lanes where that is less than a vector; A*dz + B*x + C if folded
         a = load_c(coefficients + 3 * each)
         s = load_c(coefficients + 4 * each)
@@ -171,62 +131,16 @@ def apply_kernels(x: str, v: str, y: str, compute: str, activation: str | None, 
             dx = dx * load_c(coefficients + 7 * each if double else coefficients)
         return dx
 
+    walk_run = walker(of_run, x, v, y, compute)
+    walk_rows = walker(of_row, x, v, y, compute)
+
     @inner
-    def run_of_rows(
-        px: int, pv: int, pm: int, py: int, count: int, turn: int, coefficients: int, each: int, stream: bool,
-        folded: bool,
+    def run(
+        px: int, pv: int, pm: int, py: int, count: int, p: Any, h: Any, m: Any, q: Any, b: Any, c: Any,
+        scale: float, shift: float, stream: bool,
     ) -> None:  # fmt: skip
-        # as in the forward's apply
-        j = 0
-        streams = stream and count >= HEAD_FROM
-        if streams:
-            head = (-py & (LINE - 1)) // y_size
-            while head > 0:
-                here = min(head, LANES)
-                store_part(py, gradient_of_row(px, pv, pm, here, coefficients + j * c_size, each, folded), here)
-                px += here * x_size
-                pv += here * v_size
-                pm += here
-                py += here * y_size
-                count -= here
-                head -= here
-                j = (j + here) % turn
-            streams = py & (LINE - 1) == 0
-        whole = count // LANES
-        left = count - whole * LANES
-        if left > 0:
-            at, k = whole * LANES, coefficients + (j + whole * LANES) % turn * c_size
-            v = gradient_of_row(px + at * x_size, pv + at * v_size, pm + at, left, k, each, folded)
-            store_part(py + at * y_size, v, left)
-        step = LANES
-        if whole > 1 and (descends(px, py) or descends(pv, py)):
-            at = (whole - 1) * LANES
-            px += at * x_size
-            pv += at * v_size
-            pm += at
-            py += at * y_size
-            j = (j + at) % turn
-            step = -LANES
-        while whole > 0:
-            steps = min(whole, (turn - j + LANES - 1) // LANES if step > 0 else j // LANES + 1)
-            k = coefficients + j * c_size
-            for _ in range(steps):
-                v = gradient_of_row(px, pv, pm, LANES, k, each, folded)
-                if streams:
-                    store_stream(py, v)
-                else:
-                    store(py, v)
-                px += step * x_size
-                pv += step * v_size
-                pm += step
-                py += step * y_size
-                k += step * c_size
-            whole -= steps
-            j += steps * step
-            if j >= turn:
-                j -= turn
-            elif j < 0:
-                j += turn
+        values = (p, h, m, lanes(scale), b, c, lanes(shift), q)
+        walk_run(px, pv, pm, py, count, 0, ONCE, count >= ALIGN_FROM, stream, False, values)
 
     @inner
     def rows_kernel(
@@ -237,13 +151,14 @@ def apply_kernels(x: str, v: str, y: str, compute: str, activation: str | None, 
         if masked:
             lined = lined and m_step == cols
         if folded or (lined and runs_on(stream, touched, cols)):
-            length = rows * cols if lined else cols
+            count = rows * cols if lined else cols
+            head_first = stream and count >= HEAD_FROM
             for r in range(1 if lined else rows):
                 qx, qv, qm, qy = px + r * x_step, pv + r * v_step, pm + r * m_step, py + r * y_step
                 if folded:
-                    run_of_rows(qx, qv, qm, qy, length, turn_of(cols), coefficients, each, stream, True)
+                    walk_rows(qx, qv, qm, qy, count, coefficients, turn_of(cols), head_first, stream, True, each)
                 else:
-                    run_of_rows(qx, qv, qm, qy, length, turn_of(cols), coefficients, each, stream, False)
+                    walk_rows(qx, qv, qm, qy, count, coefficients, turn_of(cols), head_first, stream, False, each)
             return
         head = 0  # as in the forward's apply
         if stream and cols >= HEAD_FROM and y_step & (LINE - 1) == 0:

@@ -100,11 +100,11 @@ def sums_chunk(
             rest = rows - whole * together
             each64 = padded_bytes(together * cols) + 8 * LANES
             for part in range(2 if rest > 0 else 1):
-                at, height, width, many = 0, whole, together * cols, together
+                at, height, many = 0, whole, together
                 if part == 1:
-                    at, height, width, many = whole * together, rest, cols, 1
+                    at, height, many = whole * together, rest, 1
                 columns(
-                    pv + at * v_step, many * v_step, px + at * x_step, many * x_step, height, width,
+                    pv + at * v_step, many * v_step, px + at * x_step, many * x_step, height, many * cols,
                     own + part * kinds * each64, each64, coefficients, each, word(geometry, w.TOUCHED),
                 )  # fmt: skip
             for k in range(SUMS if double else SUMS - 1):

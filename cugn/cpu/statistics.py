@@ -212,17 +212,13 @@ def statistics(
                     masked_columns(p, rows, step, pm, m_step, cols, 1.0, blocks, word(geometry, w.TOUCHED))
                 else:
                     for part in range(2 if rest > 0 else 1):
-                        if part == 0:
-                            q, height, row_bytes, width, at = p, whole, together * step, together * cols, blocks
-                        else:
-                            q, height, row_bytes, width, at = (
-                                p + together * whole * step,
-                                rest,
-                                step,
-                                cols,
-                                blocks + 5 * each,
-                            )
-                        columns(q, height, row_bytes, width, 1.0, at, word(geometry, w.TOUCHED))
+                        at, height, many = 0, whole, together
+                        if part == 1:
+                            at, height, many = whole * together, rest, 1
+                        columns(
+                            p + at * step, height, many * step, many * cols, 1.0,
+                            blocks + 5 * each * part, word(geometry, w.TOUCHED),
+                        )  # fmt: skip
                 if labelled and of_segment == 1 and together == 1:
                     keep_columns(geometry, blocks, each, float(rows), channels, partials, place.layer, channel0)
                     return
