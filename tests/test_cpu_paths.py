@@ -158,7 +158,7 @@ class Guarded:
     """An uninitialized array so many bytes after the start of a cache line, between bytes that have to stay.
 
     Within its page it lies a little after the place of another array in its own page, or not: one is gone over
-    downwards (`apply.descends`), the other upwards.
+    downwards (`walk.descends`), the other upwards.
     """
 
     def __init__(self, like: np.ndarray, offset: int, after: bool = False) -> None:
