@@ -11,7 +11,7 @@ from typing import Any
 
 from .activate import activation_kernels
 from .chunks import turn_of
-from .compile import inner
+from .compile import inner, within
 from .convert import LINE, line_elements, loader, storer, to_compute
 from .phases import GATES
 from .simd import LANES, fma
@@ -78,19 +78,23 @@ def apply_kernels(x: str, y: str, compute: str, activation: str | None, x_size: 
             v = fma(v, load_c(coefficients), load_c(coefficients + each)) + load_c(coefficients + 2 * each)
         return act(fma(v, load_c(coefficients + 3 * each), load_c(coefficients + 4 * each)))
 
-    walk_run = walker(of_run, x, x, y, compute)
-    walk_rows = walker(of_row, x, x, y, compute)
+    walk_run, few = walker(of_run, x, x, y, compute)
+    walk_rows, _ = walker(of_row, x, x, y, compute)
 
-    @inner
+    @within
     def run(
         px: int, py: int, count: int, p: Any, h: Any, m: Any, scale: float, shift: float, stream: bool, folded: bool
     ) -> None:  # fmt: skip
         values = (p, h, m, lanes(scale), lanes(shift))
-        lined = count >= ALIGN_FROM
         if folds and folded:
-            walk_run(px, px, 0, py, count, 0, ONCE, lined, stream, True, values)
+            if count < ALIGN_FROM:
+                few(px, px, 0, py, count, True, values)
+            else:
+                walk_run(px, px, 0, py, count, 0, ONCE, True, stream, True, values)
+        elif count < ALIGN_FROM:
+            few(px, px, 0, py, count, False, values)
         else:
-            walk_run(px, px, 0, py, count, 0, ONCE, lined, stream, False, values)
+            walk_run(px, px, 0, py, count, 0, ONCE, True, stream, False, values)
 
     @inner
     def some_rows(

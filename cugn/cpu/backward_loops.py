@@ -12,7 +12,7 @@ from typing import Any
 from .activate import activation_kernels
 from .apply import HEAD_FROM, coefficients_together, runs_on
 from .chunks import turn_of
-from .compile import inner
+from .compile import inner, within
 from .convert import LINE, itemsize, line_elements, loader, mask_loader, storer, to_compute
 from .simd import LANES, fma, select
 from .walk import ALIGN_FROM, ONCE, walker
@@ -131,16 +131,19 @@ def apply_kernels(x: str, v: str, y: str, compute: str, activation: str | None, 
             dx = dx * load_c(coefficients + 7 * each if double else coefficients)
         return dx
 
-    walk_run = walker(of_run, x, v, y, compute)
-    walk_rows = walker(of_row, x, v, y, compute)
+    walk_run, few = walker(of_run, x, v, y, compute)
+    walk_rows, _ = walker(of_row, x, v, y, compute)
 
-    @inner
+    @within
     def run(
         px: int, pv: int, pm: int, py: int, count: int, p: Any, h: Any, m: Any, q: Any, b: Any, c: Any,
         scale: float, shift: float, stream: bool,
     ) -> None:  # fmt: skip
         values = (p, h, m, lanes(scale), b, c, lanes(shift), q)
-        walk_run(px, pv, pm, py, count, 0, ONCE, count >= ALIGN_FROM, stream, False, values)
+        if count < ALIGN_FROM:
+            few(px, pv, pm, py, count, False, values)
+        else:
+            walk_run(px, pv, pm, py, count, 0, ONCE, True, stream, False, values)
 
     @inner
     def rows_kernel(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .compile import inner
+from .compile import inner, within
 from .convert import LINE, itemsize, line_elements, storer
 from .simd import LANES
 
@@ -29,12 +29,15 @@ def descends(read: int, written: int) -> bool:
     return 0 < (written - read) & 4095 < 512
 
 
-def walker(element: Any, x: str, v: str, y: str, compute: str) -> Any:
+def walker(element: Any, x: str, v: str, y: str, compute: str) -> tuple[Any, Any]:
     """walk(px, pv, pm, py, count, coefficients, turn, lined, stream, folded, values): y of `count` elements.
 
     Each vector, or part of one, is element(px, pv, pm, left, coefficients, folded, values), of the addresses of its
     elements in x, in a second array and in a mask, and of its coefficients, which begin again after `turn` elements;
     they go on for a vector after that, for one that begins before. With `lined` there is a head.
+
+    few(px, pv, pm, py, count, folded, values): the same of short runs, upwards, without coefficients: of 64 elements
+    what stands around them in the other, and its call, took 1.25 of a forward's time.
     """
     store, store_part, store_stream = storer(y, compute)
     x_size, v_size, y_size, c_size = itemsize(x), itemsize(v), itemsize(y), itemsize(compute)
@@ -99,4 +102,27 @@ def walker(element: Any, x: str, v: str, y: str, compute: str) -> Any:
             elif j < 0:
                 j += turn
 
-    return walk
+    @within
+    def few(px: int, pv: int, pm: int, py: int, count: int, folded: bool, values: Any) -> None:
+        while count >= 2 * LANES:
+            qx, qv = px + LANES * x_size, pv + LANES * v_size
+            first = element(px, pv, pm, LANES, 0, folded, values)
+            second = element(qx, qv, pm + LANES, LANES, 0, folded, values)
+            store(py, first)
+            store(py + LANES * y_size, second)
+            px = qx + LANES * x_size
+            pv = qv + LANES * v_size
+            pm += 2 * LANES
+            py += 2 * LANES * y_size
+            count -= 2 * LANES
+        if count >= LANES:
+            store(py, element(px, pv, pm, LANES, 0, folded, values))
+            px += LANES * x_size
+            pv += LANES * v_size
+            pm += LANES
+            py += LANES * y_size
+            count -= LANES
+        if count > 0:
+            store_part(py, element(px, pv, pm, count, 0, folded, values), count)
+
+    return walk, few
