@@ -75,18 +75,18 @@ def test_limits_in_kernels(name: str, form: str, dtype: str, library: Library) -
     np.testing.assert_array_equal(library.numpy(grads.dbias)[1:-1], ((z > 0) * (x.size // 8))[1:-1])
 
 
-@pytest.mark.parametrize("powers", [False, True], ids=["clipped", "any power"])
+@pytest.mark.parametrize("any_power", [False, True], ids=["clipped", "any power"])
 @pytest.mark.parametrize("compute", ["float32", "float64"])
 @pytest.mark.parametrize("name", GATED)
-def test_compiled(name: str, compute: str, powers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled(name: str, compute: str, any_power: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """act within 4u of |z|, and slopes within 6u of 1, on processors of both kinds."""
     numba = pytest.importorskip("numba")
     from cugn.cpu import activate as compiled
-    from cugn.cpu import convert, simd
+    from cugn.cpu import convert, powers
 
-    if powers and not simd.scales_any_power():
+    if any_power and not powers.scales_any_power():
         pytest.skip("the processor has no AVX-512")
-    monkeypatch.setattr(compiled, "scales_any_power", lambda: powers)
+    monkeypatch.setattr(compiled, "scales_any_power", lambda: any_power)
     act, act_slope = compiled.activation_kernels.__wrapped__(compute, name)
     load, store = convert.loader(compute, compute)[0], convert.storer(compute, compute)[0]
     one = convert.to_compute(compute)

@@ -17,18 +17,8 @@ from typing import Any
 
 from .compile import inner
 from .convert import to_compute
-from .simd import (
-    ROUNDER,
-    above_floor,
-    fma,
-    less,
-    less_equal,
-    scales_any_power,
-    select,
-    times_power_of_floor,
-    times_power_of_two,
-    vector_abs,
-)
+from .powers import ROUNDER, above_floor, scales_any_power, times_power_of_floor, times_power_of_two
+from .simd import fma, less, less_equal, select, vector_abs
 
 # exp(-r) for |r| <= log(2)/2 by Remez's algorithm, relative errors 7.5e-8 and 2e-16, lowest power first. A gate has
 # less than half of it: one digit more would cost an operation and be seen by nobody.
@@ -206,7 +196,7 @@ def _logistic_kernels(compute: str, cubic: bool) -> tuple[Any, Any]:
     lanes = to_compute(compute)
     unclipped, name = scales_any_power(), "gelu_tanh" if cubic else "silu"
     decay = odds_of(compute) if unclipped else decay_of(compute)
-    argument, argument_slope = logistic_argument(compute, cubic), logistic_slope(compute, cubic)
+    argument, argument_slope = logistic_argument(compute, cubic)
     clip, most = clipper(compute), _closed_from(_MOST_EXP[compute], name)
     least = _closed_from(_MOST_EXP[compute] / 2, name)  # (1 + e)^2 is a number
 
@@ -299,8 +289,8 @@ def normal_gate(compute: str) -> Any:
 
 
 @cache
-def logistic_argument(compute: str, cubic: bool) -> Any:
-    """z, or the cubic in z that gelu's tanh form has."""
+def logistic_argument(compute: str, cubic: bool) -> tuple[Any, Any]:
+    """t, which is z or the cubic in z that gelu's tanh form has, and its slope."""
     lanes = to_compute(compute)
     linear, third = _TANH_SCALE, _TANH_SCALE * _TANH_CUBIC
 
@@ -308,28 +298,19 @@ def logistic_argument(compute: str, cubic: bool) -> Any:
     def argument(z: Any) -> Any:
         return z * fma(z * z, lanes(third), lanes(linear)) if cubic else z
 
-    return argument
-
-
-@cache
-def logistic_slope(compute: str, cubic: bool) -> Any:
-    """The slope of the `logistic_argument`."""
-    lanes = to_compute(compute)
-    linear, third = _TANH_SCALE, _TANH_SCALE * _TANH_CUBIC
-
     @inner
     def argument_slope(z: Any) -> Any:
         return fma(z * z, lanes(3.0 * third), lanes(linear)) if cubic else lanes(1.0)
 
-    return argument_slope
+    return argument, argument_slope
 
 
 @cache
 def logistic_gate(compute: str, cubic: bool) -> Any:
     """1 / (1 + exp(-t)), its slope and its curvature, with t the `logistic_argument` of z, up to _MOST_EXP."""
     lanes = to_compute(compute)
-    decay, argument = decay_of(compute), logistic_argument(compute, cubic)
-    argument_slope, third = logistic_slope(compute, cubic), _TANH_SCALE * _TANH_CUBIC
+    decay, third = decay_of(compute), _TANH_SCALE * _TANH_CUBIC
+    argument, argument_slope = logistic_argument(compute, cubic)
 
     @inner
     def gates(z: Any) -> Any:

@@ -16,6 +16,7 @@ from .labelled import group_sums
 from .lane_memory import move_statistics, read_mask, reader, real_of, writer
 from .lane_moments import elements, group_moments, inverse_deviation, unscaled
 from .memory import bits_float, load_f64, load_i64
+from .powers import power_below
 from .simd import (
     LANES,
     first_lanes,
@@ -23,7 +24,6 @@ from .simd import (
     folded_sums,
     less,
     narrow,
-    power_below,
     rounding,
     select,
     splat,

@@ -11,6 +11,7 @@ from .block_moments import column_sums
 from .compile import inner
 from .convert import itemsize, loader, mask_loader, to_compute
 from .labelled import group_sums
+from .powers import inverse_of_power, power_below
 from .simd import (
     LANES,
     both,
@@ -18,9 +19,7 @@ from .simd import (
     either,
     equal,
     fma,
-    inverse_of_power,
     less,
-    power_below,
     rounding,
     select,
     splat,
